@@ -1,0 +1,268 @@
+"""The typed tree of a run. Defaults live here and nowhere else; "auto" means planned, null means off.
+
+`model` and the entries of `objectives` take the type that the registered class names as its Config,
+so they are typed in load.py. Everything is frozen: a run's configuration never changes under way.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from elip_ds.config.duration import check_duration
+from elip_ds.errors import UserError
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "${preset}"
+    "Name of the run; its folder is dir/name."
+    dir: str = "runs"
+    "Folder that holds the runs."
+    seed: int = 42
+    "Seed of weights, shuffling, masks and sampling. The same seed gives the same run."
+    allow_config_change: bool = False
+    "Go on in a run folder that was started with another configuration."
+    on_finish: str = "evaluate"
+    "What a started run does at its end: evaluate, or nothing."
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "run.name is empty")
+        _require(
+            self.on_finish in ("evaluate", "nothing"),
+            f"run.on_finish={self.on_finish!r}: choose evaluate or nothing",
+        )
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    shards: str
+    "Tar shards: a path, a glob, a brace pattern, or 'builtin' for the project's own scenes."
+    weight: float = 1.0
+    "How often an epoch visits each sample: 2 is twice, 0.5 every other epoch."
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"data: weight={self.weight} of {self.shards!r} must be above 0")
+
+
+@dataclass(frozen=True)
+class BuiltinConfig:
+    dir: str = "data/scenes"
+    "Where the built-in scenes are kept as shards; written once, reused after."
+    train: int = 12000
+    "Number of training scenes."
+    val: int = 1000
+    "Number of held-out scenes."
+    image_size: int = 64
+    "Side of a scene, pixels."
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: list[ShardSource] = field(default_factory=lambda: [ShardSource("builtin")])
+    "Training shards: one pattern, or a list of {shards, weight}."
+    val: list[ShardSource] = field(default_factory=lambda: [ShardSource("builtin")])
+    "Held-out shards, same forms."
+    builtin: BuiltinConfig = field(default_factory=BuiltinConfig)
+    vocabulary: str = "auto"
+    "WordPiece vocab.txt; 'auto' learns one from the training captions into the run folder."
+    text_length: int = 25
+    "Tokens a caption is cut or padded to, [CLS] included."
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    "Share of the image's area that a training crop covers, low and high."
+    flip: bool = True
+    "Mirror half of the training images left to right."
+    shuffle_shards: int = 16
+    "Samples are shuffled among this many shards at a time; shards are shuffled every epoch."
+    workers: int = 1
+    "Loader processes per rank; 0 loads in the training process."
+    max_bad_share: float = 0.01
+    "Stop when more than this share of the samples read cannot be used."
+
+    def __post_init__(self) -> None:
+        _require(self.text_length >= 2, f"data.text_length={self.text_length}: at least 2")
+        low_high = list(self.crop_scale)
+        _require(
+            len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= 1,
+            f"data.crop_scale={low_high}: two shares, 0 < low <= high <= 1",
+        )
+        _require(self.workers >= 0, f"data.workers={self.workers}: 0 or more")
+        _require(self.shuffle_shards >= 1, "data.shuffle_shards: 1 or more")
+        _require(0 <= self.max_bad_share < 1, "data.max_bad_share: a share in 0..1")
+        _require(len(self.train) > 0, "data.train is empty: name at least one shard pattern")
+
+
+@dataclass(frozen=True)
+class Stage:
+    layer: int
+    "Prune before this block, counted from 0."
+    lookahead: int
+    "Blocks that the no-gradient look-ahead runs to get the scores."
+    keep_ratio: float
+    "Patches that survive, as a share of the tower's full patch count."
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    stages: list[Stage] = field(default_factory=list)
+    "Where and how much to prune; an empty list is a plain ViT."
+    text_weight: float = 0.2
+    "Share of the text's class vector in the look-ahead's class token (ELIP: 0.2)."
+    eps: float = 1e-6
+    "Added to the sum of the merged tokens' scores."
+    empty_stage: str = "skip"
+    "A stage that merges nothing: 'skip' it, or append a 'zero_token' as the released code does."
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.text_weight <= 1, f"pruning.text_weight={self.text_weight}: 0..1")
+        _require(self.eps > 0, f"pruning.eps={self.eps}: above 0")
+        _require(
+            self.empty_stage in ("skip", "zero_token"),
+            f"pruning.empty_stage={self.empty_stage!r}: choose skip or zero_token",
+        )
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    momentum: float = 0.995
+    "Share that the momentum twin keeps of itself at every optimizer step."
+    prune: bool = False
+    "Prune the twin's images too (the published twin sees all tokens)."
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.momentum <= 1, f"teacher.momentum={self.momentum}: 0..1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-4
+    "Peak learning rate."
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.02
+    no_decay: list[str] = field(default_factory=list)
+    "Parameters without decay besides biases and vectors: every name that contains one of these."
+    decay: list[str] = field(default_factory=lambda: ["temperature"])
+    "Vectors that do decay (the published temperature does, being a 0-d tensor there)."
+    clip_norm: float = 0.0
+    "Largest gradient norm; 0 is off."
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr={self.lr}: above 0")
+        _require(len(self.betas) == 2, f"optim.betas={list(self.betas)}: two numbers")
+        _require(self.clip_norm >= 0, f"optim.clip_norm={self.clip_norm}: 0 (off) or above")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    length: str = "20 epochs"
+    "How long to train, in epochs or samples."
+    warmup: str = "0 samples"
+    "Linear warm-up from warmup_lr to optim.lr."
+    warmup_lr: float = 1e-5
+    min_lr: float = 1e-5
+    "Where the cosine ends."
+
+    def __post_init__(self) -> None:
+        check_duration("schedule.length", self.length)
+        check_duration("schedule.warmup", self.warmup)
+
+
+@dataclass(frozen=True)
+class BatchingConfig:
+    global_batch_size: int = 64
+    "Samples per optimizer step over all ranks and accumulation steps."
+    micro_batch_size: int | str = "auto"
+    "Samples per rank and pass; auto: the whole share of a rank, without accumulation."
+
+    def __post_init__(self) -> None:
+        _require(self.global_batch_size >= 1, "batching.global_batch_size: 1 or more")
+        micro = self.micro_batch_size
+        _require(
+            micro == "auto" or (isinstance(micro, int) and micro >= 1),
+            f"batching.micro_batch_size={micro!r}: auto, or a number from 1",
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    deepspeed: str | None = None
+    "DeepSpeed JSON; usually given as --deepspeed ds_configs/z2.json."
+    precision: str = "auto"
+    "fp32, bf16, fp16; auto: bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU."
+
+    def __post_init__(self) -> None:
+        _require(
+            self.precision in ("auto", "fp32", "bf16", "fp16"),
+            f"engine.precision={self.precision!r}: choose auto, fp32, bf16 or fp16",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: str = "1 epoch"
+    "Interval between checkpoints, in epochs or samples."
+    keep: int = 2
+    "How many of the newest checkpoints stay."
+
+    def __post_init__(self) -> None:
+        check_duration("checkpoint.every", self.every)
+        _require(self.keep >= 1, f"checkpoint.keep={self.keep}: 1 or more")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: str | None = None
+    "Interval between held-out evaluations; null: only at the end."
+    batch_size: int = 64
+    "Samples per rank and forward pass."
+    max_samples: int | None = None
+    "Score only the first so many held-out pairs."
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            check_duration("eval.every", self.every)
+        _require(self.batch_size >= 1, "eval.batch_size: 1 or more")
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    every: str = "1024 samples"
+    "Interval between lines in the log, in metrics.jsonl and in the endpoint's values."
+    port: int | None = 9400
+    "Port of the Prometheus endpoint on rank 0, the next free one if taken; null: off."
+    address: str = "127.0.0.1"
+    "Address that the endpoint listens on."
+
+    def __post_init__(self) -> None:
+        check_duration("metrics.every", self.every)
+        _require(
+            self.port is None or 0 <= self.port <= 65535, f"metrics.port={self.port}: 0..65535"
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "demo"
+    task: str = "pretrain"
+    "Name of a registered task."
+    init_from: str | None = None
+    "A run folder or a checkpoint of one: start from its weights, with everything else fresh."
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: Any = None
+    "name: a registered model; the rest is that model's Config."
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    objectives: dict[str, Any] = field(default_factory=dict)
+    "Registered objectives by name, in the order they run; null switches one off."
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -1,0 +1,19 @@
+"""Records in, batches out."""
+
+from elip_ds.data.batch import Batch
+from elip_ds.data.loader import HeldOut, TrainLoader, build_loaders, build_vocabulary, open_sources
+from elip_ds.data.record import Record
+from elip_ds.data.shards import write_shards
+from elip_ds.data.text import Vocabulary
+
+__all__ = [
+    "Batch",
+    "HeldOut",
+    "Record",
+    "TrainLoader",
+    "Vocabulary",
+    "build_loaders",
+    "build_vocabulary",
+    "open_sources",
+    "write_shards",
+]

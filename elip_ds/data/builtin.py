@@ -1,0 +1,39 @@
+"""The built-in scenes as shards on disk: written on first use, by one rank of each node."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from elip_ds.config.schema import BuiltinConfig
+from elip_ds.data.shards import expand_shards, write_shards
+from elip_ds.data.sources.synthetic import scenes
+from elip_ds.run import Run
+
+
+def builtin_shards(config: BuiltinConfig, run: Run) -> dict[str, list[Path]]:
+    """split -> shards. The folder's name says what is in it, so other sizes live beside it."""
+    folder = Path(config.dir) / f"{config.image_size}px-{config.train}-{config.val}"
+    if run.first_on_node and not folder.is_dir():
+        write_builtin(config, folder)
+    run.wait()
+    return {
+        split: expand_shards(f"{folder}/scenes-{split}-*.tar", f"data.builtin ({split})")
+        for split in ("train", "val")
+    }
+
+
+def write_builtin(config: BuiltinConfig, folder: Path) -> None:
+    """Write both splits; the folder appears when all of it is there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    for split, count in (("train", config.train), ("val", config.val)):
+        write_shards(
+            scenes(split, count, image_size=config.image_size), partial, f"scenes-{split}"
+        )
+    try:
+        os.rename(partial, folder)
+    except OSError:  # another node wrote it meanwhile; the same scenes
+        shutil.rmtree(partial)
+        if not folder.is_dir():
+            raise

@@ -1,0 +1,121 @@
+"""The only file that calls torch.distributed: start, agree, gather, sum.
+
+With one rank every function is the identity, so nothing above asks how many ranks there are.
+Row order everywhere: rank 0's rows first, then rank 1's, ...
+"""
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank, local_rank: 0-based.  world_size: ranks of the job.  local_world_size: on this node."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+
+def read_ranks() -> Ranks:
+    """Who this process is, from the launcher's variables (deepspeed, torchrun), else Slurm's.
+
+    A process that nobody launched is the only rank. Starts nothing.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env["LOCAL_WORLD_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0]
+    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    local_rank = int(env.get("LOCAL_RANK", 0))
+    local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    return Ranks(rank, local_rank, world_size, local_world, device)
+
+
+def start(ranks: Ranks, timeout_seconds: float = 1800) -> None:
+    """Join the process group: NCCL for CUDA tensors, gloo for CPU tensors."""
+    if td.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        assert ranks.world_size == 1, "a launcher of several ranks sets MASTER_PORT"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    for name in ("rank", "local_rank", "world_size"):
+        os.environ.setdefault(name.upper(), str(getattr(ranks, name)))
+    cuda = ranks.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(ranks.device)
+    td.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        device_id=ranks.device if cuda else None,
+    )
+
+
+def stop() -> None:
+    """Leave the process group, if one was joined."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def world_size() -> int:
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def rank() -> int:
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        td.barrier()
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """x: (B, ...), equal B on every rank -> (world_size * B, ...), rank by rank. No gradient."""
+    if world_size() == 1:
+        return x.detach()
+    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    td.all_gather_into_tensor(out, x.detach().contiguous())
+    return out
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """A new tensor: the elementwise sum over ranks. No gradient."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        td.all_reduce(x)
+    return x
+
+
+def max_over_ranks(x: Tensor) -> Tensor:
+    """A new tensor: the elementwise maximum over ranks. No gradient."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        td.all_reduce(x, op=td.ReduceOp.MAX)
+    return x
+
+
+def gather_objects(value: object) -> list:
+    """One picklable value per rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list = [None] * world_size()
+    td.all_gather_object(values, value)
+    return values

@@ -1,0 +1,128 @@
+"""Checkpoints on disk: written aside, flushed, then renamed, so that a kill at any moment leaves the
+last whole one in place.
+
+A checkpoint is a folder step-00000123 with
+  meta.json            step, samples seen, ranks, ZeRO stage, versions
+  config.yaml          the resolved configuration
+  weights.safetensors  student (model.*, objectives.*) and teacher.*, fp32, whole: any tool can read it
+  state.safetensors    queues; vocab.txt the word list
+  rng-rank*.pt, mp_rank_*.pt, *_optim_states.pt   per rank: random generators; DeepSpeed's own files
+and `latest`, beside the folders, names the newest, for DeepSpeed's tools and for people.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from elip_ds.errors import UserError
+
+META = "meta.json"
+WEIGHTS = "weights.safetensors"
+STATE = "state.safetensors"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first. A folder gets its name only when all of it is on disk."""
+    return sorted(p for p in folder.glob("step-*") if (p / META).is_file())
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder itself, or the newest one of a run. Raises UserError if there is none."""
+    if (path / META).is_file():
+        return path
+    found = list_checkpoints(path / "ckpt")
+    if not found:
+        raise UserError(f"{path} is neither a checkpoint nor a run that has one")
+    return found[-1]
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / META).read_text())
+
+
+def flush(path: Path) -> None:
+    """Until the file, or the folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(partial: Path, final: Path, keep: int) -> None:
+    """Give a written folder its name, point `latest` at it, remove all but the newest keep."""
+    for file in partial.iterdir():
+        flush(file)
+    flush(partial)
+    if final.exists():  # the same step again, after a resume: identical content
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    latest = final.parent / "latest"
+    pointer = final.parent / ".latest.partial"
+    pointer.write_text(final.name)
+    flush(pointer)
+    os.replace(pointer, latest)
+    flush(final.parent)
+    for old in list_checkpoints(final.parent)[:-keep]:
+        dying = old.with_name(f".old-{old.name}")
+        os.rename(old, dying)  # first lose the name, so that half a checkpoint is never one
+        shutil.rmtree(dying)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a kill left half-written or half-removed."""
+    for pattern in (".step-*", ".old-*", ".latest.partial"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class CarefulFiles(TorchCheckpointEngine):
+    """DeepSpeed's file layer: flushes what it writes, reads pickles weights-only, and remembers a
+    failed write instead of raising, because a rank that raises leaves the others in a barrier.
+    """
+
+    def __init__(self, serialization: bool = True) -> None:
+        self.name = "CarefulFiles"
+        self.zipfile_serialization = serialization
+        self.failure: str | None = None
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        with self.attempt(path):
+            torch.save(state_dict, path)
+            flush(Path(path))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    @contextmanager
+    def attempt(self, path: str | Path) -> Iterator[None]:
+        """Note the first failed write under this, with its path."""
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            # torch's zip writer reports a full disk as RuntimeError, safetensors as its own error.
+            self.failure = self.failure or f"{path}: {error}"
+
+
+def _harmless() -> list[Any]:
+    """Classes that DeepSpeed puts into its files and that a weights-only load may build."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]

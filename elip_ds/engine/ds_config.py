@@ -1,0 +1,183 @@
+"""A DeepSpeed JSON from disk -> the complete dictionary that deepspeed.initialize gets.
+
+DeepSpeed ignores unknown top-level keys and knows no "auto", so both are settled here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elip_ds.batching import Plan
+from elip_ds.config.schema import BatchingConfig, EngineConfig, OptimConfig
+from elip_ds.errors import UserError
+from elip_ds.registry import suggest
+
+BATCH_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+PRECISIONS = ("bf16", "fp16")
+# Top-level keys that mean something here.
+KNOWN = {
+    *BATCH_KEYS, *PRECISIONS, "zero_optimization", "gradient_clipping", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor", "data_types", "flops_profiler",
+    "comms_logger", "aio", "torch_autocast", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "checkpoint", "csv_monitor", "tensorboard", "wandb", "comet",
+    "compile", "disable_allgather", "sparse_gradients_enabled", "seq_parallel_communication_data_type",
+}  # fmt: skip
+# What the project's own configuration decides, or what DeepSpeed has dropped.
+ELSEWHERE = {
+    "optimizer": "set optim.* in the configuration",
+    "scheduler": "set schedule.* in the configuration",
+    "activation_checkpointing": "set model.vision.recompute and model.text.recompute",
+    "elasticity": "DeepSpeed removed it; a run resumes with its global batch on other ranks",
+    "amp": "DeepSpeed removed it; use bf16 or fp16",
+    "sparse_attention": "DeepSpeed removed it",
+    "compression_training": "DeepSpeed removed it",
+    "curriculum_learning": "DeepSpeed removed it",
+    "nebula": "DeepSpeed removed it",
+}
+
+
+def read_ds_config(path: str | None) -> dict[str, Any]:
+    """The JSON as it is on disk. Raises UserError, with line and column for a syntax error."""
+    if path is None:
+        raise UserError("no DeepSpeed JSON is given; add --deepspeed ds_configs/z2.json")
+    try:
+        tree = json.loads(Path(path).read_text())
+    except OSError as error:
+        shipped = sorted(p.name for p in Path("ds_configs").glob("*.json"))
+        known = f"; ds_configs holds {', '.join(shipped)}" if shipped else ""
+        raise UserError(f"--deepspeed {path}: {error.strerror}{known}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"--deepspeed {path}: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--deepspeed {path}: the file must hold one JSON object")
+    for key in tree:
+        if key in ELSEWHERE:
+            raise UserError(f"--deepspeed {path}: {key!r} does not belong there: {ELSEWHERE[key]}")
+        if key not in KNOWN:
+            raise UserError(f"--deepspeed {path}: {key!r} is no key; {suggest(key, KNOWN)}")
+    stage = tree.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"--deepspeed {path}: zero_optimization.stage={stage!r}: 0, 1, 2 or 3")
+    return tree
+
+
+def json_batch(
+    tree: dict[str, Any], batching: BatchingConfig, world_size: int
+) -> tuple[int, int | str]:
+    """(global batch, micro-batch or 'auto') that config and JSON agree on.
+
+    A number in the JSON is obeyed; it may not contradict the configuration.
+    """
+    total: int = batching.global_batch_size
+    micro: int | str = batching.micro_batch_size
+    given = {key: tree[key] for key in BATCH_KEYS if tree.get(key, "auto") != "auto"}
+    for key, value in given.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"DeepSpeed JSON: {key}={value!r}: 'auto', or a number from 1")
+    size = given.get("train_batch_size", total)
+    if size != total:
+        raise UserError(
+            f"DeepSpeed JSON: train_batch_size={size} contradicts "
+            f"batching.global_batch_size={total}; make them equal, or write 'auto' in the JSON"
+        )
+    if "train_micro_batch_size_per_gpu" in given:
+        wanted = given["train_micro_batch_size_per_gpu"]
+        if micro not in ("auto", wanted):
+            raise UserError(
+                f"DeepSpeed JSON: train_micro_batch_size_per_gpu={wanted} contradicts "
+                f"batching.micro_batch_size={micro}; make them equal, or write 'auto' in the JSON"
+            )
+        micro = wanted
+    if "gradient_accumulation_steps" in given:
+        steps = given["gradient_accumulation_steps"]
+        per_step = total / (steps * world_size)
+        if micro == "auto" and per_step == int(per_step):
+            micro = int(per_step)
+        if micro == "auto" or micro * steps * world_size != total:
+            raise UserError(
+                f"DeepSpeed JSON: gradient_accumulation_steps={steps} contradicts "
+                f"batching.global_batch_size={total} with micro_batch_size={micro} on {world_size} "
+                "ranks; write 'auto' in the JSON"
+            )
+    return total, micro
+
+
+def fill_ds_config(
+    tree: dict[str, Any],
+    *,
+    engine: EngineConfig,
+    optim: OptimConfig,
+    plan: Plan,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The JSON with every "auto" replaced. Raises UserError for one that nothing fills."""
+    full = json.loads(json.dumps(tree))
+    full |= {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "steps_per_print": full.get("steps_per_print", 10**9),
+        # Our optimizer is torch's own AdamW; DeepSpeed would otherwise insist on one of its list.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    clip = full.get("gradient_clipping", "auto")
+    if clip not in ("auto", optim.clip_norm):
+        raise UserError(
+            f"DeepSpeed JSON: gradient_clipping={clip} contradicts optim.clip_norm="
+            f"{optim.clip_norm}; write 'auto' in the JSON"
+        )
+    full["gradient_clipping"] = optim.clip_norm
+    precision = _precision(full, engine.precision, device)
+    for name in PRECISIONS:
+        full.setdefault(name, {})["enabled"] = name == precision
+    zero = full.setdefault("zero_optimization", {"stage": 0})
+    if zero.get("overlap_comm") == "auto":
+        zero["overlap_comm"] = device.type == "cuda"
+    _refuse_auto(full)
+    return full
+
+
+def _precision(tree: dict[str, Any], wanted: str, device: torch.device) -> str:
+    fixed = {name: tree.get(name, {}).get("enabled", "auto") for name in PRECISIONS}
+    on = [name for name, value in fixed.items() if value is True]
+    if len(on) == 2:
+        raise UserError("DeepSpeed JSON: bf16 and fp16 are both enabled; choose one")
+    if on and wanted not in ("auto", on[0]):
+        raise UserError(
+            f"DeepSpeed JSON: {on[0]}.enabled contradicts engine.precision={wanted}; write 'auto' "
+            "in the JSON"
+        )
+    if on:
+        choice = on[0]
+    elif wanted != "auto":
+        choice = wanted
+    elif device.type == "cpu":
+        choice = "fp32"
+    else:
+        choice = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        choice = "fp32" if fixed[choice] is False else choice
+    if choice != "fp32" and fixed[choice] is False:
+        raise UserError(
+            f"engine.precision={choice} contradicts {choice}.enabled=false in the DeepSpeed JSON"
+        )
+    if choice == "fp16" and device.type == "cpu":
+        raise UserError("engine.precision=fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    return choice
+
+
+def _refuse_auto(tree: Any, at: str = "") -> None:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _refuse_auto(value, f"{at}.{key}" if at else key)
+    elif tree == "auto":
+        raise UserError(f'DeepSpeed JSON: {at}="auto" is not filled by anything; write a value')

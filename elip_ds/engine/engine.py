@@ -1,0 +1,355 @@
+"""One optimizer step at a time, under DeepSpeed, from any checkpoint.
+
+Owns the position of the run (step, samples seen), the learning rate, and what is saved.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import elip_ds
+from elip_ds import dist
+from elip_ds.batching import Plan
+from elip_ds.config import Config, dump_config, duration_in_samples
+from elip_ds.data import HeldOut, TrainLoader
+from elip_ds.engine import checkpoint as files
+from elip_ds.engine.ds_config import fill_ds_config
+from elip_ds.engine.optim import build_optimizer
+from elip_ds.engine.schedule import learning_rate
+from elip_ds.engine.sharding import gather_whole, local_tensors, shard_of
+from elip_ds.errors import UserError
+from elip_ds.objectives import Progress
+from elip_ds.run import Run
+from elip_ds.tasks import Pretrain
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step was. losses, logs: means over this rank's micro-batches, on the device.
+    seconds: by phase, host time.  applied: False when fp16 overflow skipped the update.
+    kept_tokens: sequence length after each pruning stage.  bad_samples: skipped on this rank so far.
+    """
+
+    step: int
+    samples_seen: int
+    epoch: float
+    losses: dict[str, Tensor]
+    logs: dict[str, Tensor]
+    learning_rate: float
+    gradient_norm: float | Tensor | None
+    seconds: dict[str, float]
+    kept_tokens: tuple[int, ...]
+    global_batch_size: int
+    applied: bool
+    bad_samples: int
+
+
+class Engine:
+    def __init__(
+        self, config: Config, ds_tree: dict[str, Any], task: Pretrain, plan: Plan, run: Run
+    ) -> None:
+        """ds_tree: as read_ds_config gave it.  task: on the CPU, in fp32, equal on all ranks."""
+        self.config, self.plan, self.run, self.task = config, plan, run, task
+        self.step, self.samples_seen = 0, 0
+        self.folder = run.dir / "ckpt"
+        self.ds_config = fill_ds_config(
+            ds_tree, engine=config.engine, optim=config.optim, plan=plan, device=run.device
+        )
+        offload = "offload_optimizer" in self.ds_config["zero_optimization"]
+        optimizer = build_optimizer(task, config.optim, offload=offload, device=run.device)
+        if run.device.type == "cpu":
+            # DeepSpeed would compile a shared-memory all-reduce for over a minute; gloo does it too.
+            deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+        task.to(run.device)
+        self._engine, *_ = deepspeed.initialize(
+            model=task, optimizer=optimizer, config=self.ds_config
+        )
+        self._files = files.CarefulFiles()
+        self._engine.checkpoint_engine = self._files
+        if task.teacher is not None:
+            task.teacher.masters(local_tensors)  # in fp32 from before the first rounding step on
+        # Weights were drawn from one seed; dropout from here on differs by rank.
+        torch.manual_seed(run.seed + 1000 * (run.rank + 1))
+
+    @property
+    def stage(self) -> int:
+        return self.ds_config["zero_optimization"].get("stage", 0)
+
+    @property
+    def precision(self) -> str:
+        return next((n for n in ("bf16", "fp16") if self.ds_config[n]["enabled"]), "fp32")
+
+    def total_samples(self, loader: TrainLoader) -> int:
+        """Length of the run."""
+        return duration_in_samples(self.config.schedule.length, loader.samples_per_epoch)
+
+    def train_step(self, loader: TrainLoader) -> StepRecord:
+        """Accumulate micro-batches, reduce, update: one optimizer step."""
+        progress = Progress(self.step, self.samples_seen, loader.samples_per_epoch)
+        lr = learning_rate(
+            self.samples_seen, self.config.optim, self.config.schedule, loader.samples_per_epoch
+        )
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+        clock = _Clock(seconds)
+        losses: dict[str, Tensor] = {}
+        logs: dict[str, Tensor] = {}
+        steps = self.plan.gradient_accumulation_steps
+        for _ in range(steps):
+            batch = next(loader).to(self.run.device, self._dtype)
+            clock.lap("data")
+            loss = self._engine(batch, progress)
+            clock.lap("forward")
+            self._engine.backward(loss.total)
+            clock.lap("backward")
+            for total, part in ((losses, loss.values), (logs, loss.logs)):
+                for name, value in part.items():
+                    total[name] = total.get(name, 0.0) + value / steps
+            self._engine.step()
+            clock.lap("optimizer")
+        applied = not getattr(self._engine.optimizer, "overflow", False)
+        self.step += 1
+        self.samples_seen += self.plan.global_batch_size
+        if applied:
+            after = Progress(self.step, self.samples_seen, loader.samples_per_epoch)
+            self.task.after_step(after, local_tensors)
+        else:
+            self.task.drop_carries()
+        clock.lap("optimizer")
+        return StepRecord(
+            step=self.step,
+            samples_seen=self.samples_seen,
+            epoch=self.samples_seen / loader.samples_per_epoch,
+            losses=losses,
+            logs=logs,
+            learning_rate=lr,
+            gradient_norm=self._engine.get_global_grad_norm(),
+            seconds=seconds,
+            kept_tokens=loss.kept_tokens,
+            global_batch_size=self.plan.global_batch_size,
+            applied=applied,
+            bad_samples=loader.bad,
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+
+    def resume(self, loader: TrainLoader) -> None:
+        """Go on from the run's newest checkpoint, else from config.init_from's weights, else fresh."""
+        found = files.list_checkpoints(self.folder)
+        if found:
+            self._load(found[-1], loader)
+        elif self.config.init_from is not None:
+            source = files.find_checkpoint(Path(self.config.init_from))
+            self._load_weights(source)
+            log.info("started from the weights of %s", source)
+
+    def evaluate(self, held_out: HeldOut) -> dict[str, float]:
+        """The task's held-out scores. Every rank calls it."""
+        return self.task.evaluate(held_out, self.run.device)
+
+    def save(self, loader: TrainLoader) -> Path | None:
+        """Write a checkpoint. Returns its folder, or None when it could not be written: the one before
+        stays as it was, and the reason is in the log. Every rank calls it.
+        """
+        final = self.folder / files.checkpoint_name(self.step)
+        if final.is_dir():  # nothing happened since it was written
+            return final
+        partial = self.folder / f".{final.name}.partial"
+        self._files.failure = None
+        with self._files.attempt(self.folder):
+            if self.run.first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                files.clear_leftovers(self.folder)
+                partial.mkdir()
+        if self._failed_anywhere(partial):
+            return None
+        self._engine.save_checkpoint(
+            str(self.folder),
+            tag=partial.name,
+            client_state={},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
+        self._save_ours(partial, loader)
+        if self._failed_anywhere(partial):
+            return None
+        if self.run.first:
+            with self._files.attempt(final):
+                files.publish(partial, final, self.config.checkpoint.keep)
+        if self._failed_anywhere(partial):
+            return None
+        log.info("saved %s", final)
+        return final
+
+    def _failed_anywhere(self, partial: Path) -> bool:
+        failures = [f for f in dist.gather_objects(self._files.failure) if f]
+        if failures and self.run.first:
+            log.error(
+                "checkpoint NOT saved (%s); the one before it is untouched. Free some space or "
+                "change run.dir; training goes on",
+                failures[0],
+            )
+            files.clear_leftovers(self.folder)
+        self.run.wait()
+        return bool(failures)
+
+    def _save_ours(self, partial: Path, loader: TrainLoader) -> None:
+        weights = self._whole_weights()  # a collective under ZeRO-3
+        rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        if self.run.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.run.device)
+        self._files.save(rng, str(partial / f"rng-rank{self.run.rank:05d}.pt"))
+        if not self.run.first:
+            return
+        meta = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "world_size": self.run.world_size,
+            "zero_stage": self.stage,
+            "precision": self.precision,
+            "data": loader.state(),
+            "versions": {
+                "elip_ds": elip_ds.__version__,
+                "torch": torch.__version__,
+                "deepspeed": deepspeed.__version__,
+            },
+        }
+        with self._files.attempt(partial):
+            save_file(weights, partial / files.WEIGHTS)
+            state = {k: v.detach().cpu().contiguous() for k, v in self.task.state().items()}
+            save_file(state, partial / files.STATE)
+            (partial / "config.yaml").write_text(dump_config(self.config))
+            (partial / "vocab.txt").write_bytes((self.run.dir / "vocab.txt").read_bytes())
+            (partial / files.META).write_text(json.dumps(meta, indent=1))
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """Student and teacher, fp32, whole, on rank 0; an empty dict elsewhere."""
+        weights: dict[str, Tensor] = {}
+
+        def put(name: str, value: Tensor) -> None:
+            if self.run.first:
+                weights[name] = value.detach().float().cpu().clone().contiguous()
+
+        for name, parameter in self.task.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            value = safe_get_full_fp32_param(parameter) if self.stage or self._half else None
+            put(name, parameter.data if value is None else value)
+        teacher = self.task.teacher
+        if teacher is not None:
+            masters = iter(teacher.masters(local_tensors))
+            for name, parameter in teacher.model.named_parameters():
+                held = [next(masters) for _ in local_tensors(parameter)]
+                put(f"teacher.{name}", gather_whole(parameter, held[0]))
+        return weights
+
+    @property
+    def _half(self) -> bool:
+        return self.precision != "fp32"
+
+    def _load(self, path: Path, loader: TrainLoader) -> None:
+        meta = files.read_meta(path)
+        for key, mine in (("world_size", self.run.world_size), ("zero_stage", self.stage)):
+            if meta[key] != mine:
+                raise UserError(
+                    f"{path} was saved with {key}={meta[key]}, this start has {mine}; restart with "
+                    f"the same, or start a new run with init_from={path}"
+                )
+        loader.check_state(meta["data"])
+        done, _ = self._engine.load_checkpoint(
+            str(path.parent), tag=path.name, load_module_strict=False
+        )
+        if done is None:
+            raise UserError(f"{path} has no DeepSpeed files for this start")
+        self._load_teacher(load_file(path / files.WEIGHTS))
+        self.task.load_state(load_file(path / files.STATE, device=str(self.run.device)))
+        self._load_rng(path)
+        self.step, self.samples_seen = meta["step"], meta["samples_seen"]
+        loader.seek(self.samples_seen)
+        log.info("resumed %s: step %d, %d samples seen", path, self.step, self.samples_seen)
+
+    def _load_rng(self, path: Path) -> None:
+        rng = self._files.load(str(path / f"rng-rank{self.run.rank:05d}.pt"))
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and self.run.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], self.run.device)
+
+    def _load_teacher(self, weights: dict[str, Tensor]) -> None:
+        teacher = self.task.teacher
+        if teacher is None:
+            return
+        masters = iter(teacher.masters(local_tensors))
+        for name, parameter in teacher.model.named_parameters():
+            for part in shard_of(parameter, weights[f"teacher.{name}"]):
+                next(masters).copy_(part)
+        teacher.write_back(local_tensors)
+
+    def _load_weights(self, path: Path) -> None:
+        weights = read_weights(path, self.task)
+        with torch.no_grad():
+            for name, parameter in self.task.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                value = weights[name].to(self.run.device)
+                for held, part in zip(local_tensors(parameter), shard_of(parameter, value), strict=True):
+                    held.copy_(part)
+                if self.stage or self._half:
+                    safe_set_full_fp32_param(parameter, value)
+        self._load_teacher(weights)
+
+
+class _Clock:
+    """Adds the time since the last lap to a phase."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds, self._last = seconds, time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[phase] += now - self._last
+        self._last = now
+
+
+def read_weights(path: Path, task: Pretrain) -> dict[str, Tensor]:
+    """The whole fp32 weights of a checkpoint, checked against a task on the CPU or sharded.
+
+    Raises UserError, naming the first difference, when they are another model's.
+    """
+    file = path / files.WEIGHTS
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    expected = {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in task.named_parameters()
+    }
+    expected = {name.replace("teacher.model.", "teacher."): s for name, s in expected.items()}
+    missing, extra = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
+    wrong = [k for k in expected.keys() & weights if tuple(weights[k].shape) != expected[k]]
+    if missing or extra or wrong:
+        detail = (
+            f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, here {expected[wrong[0]]}"
+            if wrong
+            else f"missing {missing[:1]}, left over {extra[:1]}"
+        )
+        raise UserError(
+            f"{path} is a checkpoint of another model: {detail} "
+            f"({len(missing)} missing, {len(extra)} left over, {len(wrong)} of other shape)"
+        )
+    return weights

@@ -1,0 +1,46 @@
+"""AdamW and its parameter groups."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from elip_ds.config.schema import OptimConfig
+
+
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters with and without weight decay. Vectors and biases do not decay, unless
+    config.decay names them; matrices and tables do, unless config.no_decay does.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and not name.endswith(".bias")
+        if any(part in name for part in config.decay):
+            decays = True
+        if any(part in name for part in config.no_decay):
+            decays = False
+        groups[decays].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+        for decays, parameters in groups.items()
+        if parameters
+    ]
+
+
+def build_optimizer(
+    module: nn.Module, config: OptimConfig, *, offload: bool, device: torch.device
+) -> torch.optim.Optimizer:
+    """offload: states live on the host while the device is a GPU; DeepSpeed's CPU Adam runs there."""
+    groups = parameter_groups(module, config)
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.betas[0], config.betas[1]),
+        "eps": config.eps,
+    }
+    if offload and device.type == "cuda":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)

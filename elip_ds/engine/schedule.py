@@ -1,0 +1,29 @@
+"""Learning rate as a function of samples seen, so that the batch size does not bend it."""
+
+import math
+
+from elip_ds.config import duration_in_samples
+from elip_ds.config.schema import OptimConfig, ScheduleConfig
+
+
+def learning_rate(
+    samples_seen: int, optim: OptimConfig, schedule: ScheduleConfig, samples_per_epoch: int
+) -> float:
+    """Linear warm-up from warmup_lr to lr, then a cosine that reaches min_lr at the end.
+
+    # differs from ALBEF, whose warm-up is a staircase of iterations inside the first epoch and whose
+    # cosine steps once an epoch: both are cut off or coarse at a large batch.
+    """
+    warmup = duration_in_samples(schedule.warmup, samples_per_epoch)
+    length = duration_in_samples(schedule.length, samples_per_epoch)
+    if samples_seen < warmup:
+        return schedule.warmup_lr + (optim.lr - schedule.warmup_lr) * samples_seen / warmup
+    done = min(1.0, (samples_seen - warmup) / max(1, length - warmup))
+    return schedule.min_lr + (optim.lr - schedule.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def due(samples_seen: int, step_samples: int, every_samples: int) -> bool:
+    """Whether the step that ended at samples_seen crossed a multiple of the interval."""
+    if every_samples <= 0:
+        return True
+    return samples_seen // every_samples > (samples_seen - step_samples) // every_samples

@@ -1,0 +1,193 @@
+"""The contract between a task and its objectives, and the passes that they share.
+
+An objective is a module that owns its heads and its state. It asks the StepContext for forward passes
+by name; two objectives that ask for the same pass share one execution. It returns unweighted losses
+and, as carry, what its state will take in once the optimizer has stepped. forward changes nothing;
+after_step does, once per optimizer step, and not at all when that step was skipped.
+
+Which passes run may depend on step and configuration, never on data or rank: the ranks' collectives
+would no longer match.
+
+B batch, L text tokens, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from elip_ds.data import Batch
+from elip_ds.models import ImageFeatures, TextFeatures
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    weight: float = 1.0
+    "Factor of this objective's losses in the total."
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is. step: optimizer steps done.  samples_seen: before this global batch."""
+
+    step: int
+    samples_seen: int
+    samples_per_epoch: int
+
+    @property
+    def epoch(self) -> float:
+        return self.samples_seen / self.samples_per_epoch
+
+
+@dataclass(frozen=True)
+class Loss:
+    """values: fp32 scalars by name, means over local rows, unweighted; averaged over ranks they are
+    the loss of the global batch.  logs: scalars worth seeing.  carry: for after_step.
+    """
+
+    values: dict[str, Tensor]
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Pass(NamedTuple):
+    """A forward pass. tower: text, image or fusion.  who: student or teacher.  text: name of a text
+    of the context; for an image pass, the one that guides its pruning.
+    """
+
+    tower: str
+    who: str = "student"
+    text: str = "clean"
+
+
+class StepContext:
+    """One micro-batch on its way through the objectives.
+
+    texts: name -> (input_ids, attention_mask), each (B, L); starts with "clean".
+    given: what earlier objectives hand to later ones (see Objective.gives).
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        models: dict[str, Any],
+        progress: Progress,
+        *,
+        seed: int = 0,
+        prune_teacher: bool = False,
+    ) -> None:
+        self.batch, self.progress = batch, progress
+        self.texts = {"clean": (batch.input_ids, batch.attention_mask)}
+        self.given: dict[str, Tensor] = {}
+        self.passes: dict[Pass, Any] = {}
+        self._models, self._seed, self._prune_teacher = models, seed, prune_teacher
+
+    def run(self, spec: Pass) -> Any:
+        """The result of a pass, computed on first use: TextFeatures, ImageFeatures, or for fusion the
+        text states (B, L, D). The teacher's passes carry no gradient.
+        """
+        if spec not in self.passes:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and spec.who == "student"):
+                self.passes[spec] = getattr(self, f"_run_{spec.tower}")(spec)
+        return self.passes[spec]
+
+    def model(self, who: str = "student") -> Any:
+        return self._models[who]
+
+    def noise(self, name: str, per_sample: int) -> Tensor:
+        """(B, per_sample) uniform in [0, 1), fp32, keyed by seed, step, name, sample and position.
+
+        The same sample draws the same numbers on any rank, in any micro-batch and world size, and
+        one objective's draws never move another's.
+        """
+        base = _mix(_mix(self._seed) + self.progress.step)
+        for letter in name.encode():
+            base = _mix(base + letter)
+        keys = _mix(self.batch.sample_key.unsqueeze(1) + base)
+        positions = torch.arange(per_sample, device=keys.device)
+        return (_mix(keys + positions) & 0xFFFFFF).float() / 0x1000000
+
+    def _run_text(self, spec: Pass) -> TextFeatures:
+        return self._models[spec.who].encode_text(*self.texts[spec.text])
+
+    def _run_image(self, spec: Pass) -> ImageFeatures:
+        guided = spec.who == "student" or self._prune_teacher
+        guide = self.run(spec._replace(tower="text")) if guided else None
+        return self._models[spec.who].encode_image(self.batch.images, guide)
+
+    def _run_fusion(self, spec: Pass) -> Tensor:
+        text = self.run(spec._replace(tower="text"))
+        # The image tokens are always those that the clean caption chose.
+        image = self.run(Pass("image", spec.who))
+        return self._models[spec.who].fuse(
+            text.text_embeds, text.attention_mask, image.image_embeds
+        )
+
+
+_GOLDEN, _MUL1, _MUL2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+
+
+def _mix(x: Any) -> Any:
+    """splitmix64's finaliser on int64 tensors or ints; products wrap modulo 2**64."""
+    if isinstance(x, int):
+        return int(_mix(torch.tensor(_wrap(x))))
+    x = x + _GOLDEN
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MUL1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MUL2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _wrap(x: int) -> int:
+    return (x + 2**63) % 2**64 - 2**63
+
+
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an objective may build its parts from. width: of the fused text states.  embed_dim: of the
+    joint space.  vocab_size: words that exist.  special_ids: of [PAD], [CLS], [MASK], ...
+    """
+
+    width: int
+    embed_dim: int
+    vocab_size: int
+    special_ids: dict[str, int]
+    seed: int
+
+
+class Objective(nn.Module):
+    """Base class. A subclass names its Config and what it asks for; the build checks that all is met."""
+
+    Config: ClassVar[Any] = ObjectiveConfig
+    inputs: ClassVar[frozenset[str]] = frozenset({"images", "input_ids", "attention_mask"})
+    "Batch fields that it reads."
+    needs: ClassVar[frozenset[str]] = frozenset()
+    "'teacher', or names that an earlier objective gives."
+    gives: ClassVar[frozenset[str]] = frozenset()
+    "Names that it leaves in StepContext.given."
+    min_micro_batch: ClassVar[int] = 1
+    "Fewer samples than this per rank and pass leave it without a loss."
+
+    def __init__(self, config: Any, setup: Setup) -> None:
+        super().__init__()
+        self.config, self.setup = config, setup
+
+    def forward(self, context: StepContext) -> Loss:
+        raise TypeError(f"{type(self).__name__} is an objective without a forward")
+
+    def weight(self, name: str, progress: Progress) -> float:
+        """Factor of the loss called name at this moment."""
+        return self.config.weight
+
+    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
+        """Take in the carries of a whole global batch, one per micro-batch, after the optimizer step."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the parameters: equal on all ranks, free of the world size."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of state."""

@@ -1,0 +1,133 @@
+"""ITC: image-text contrast against momentum features and a queue of past ones, with soft targets.
+
+Source: ALBEF (Li et al. 2021) section 3.2 and its released code.
+
+B local batch, W ranks, E joint space, Q queue length, K = W * B + Q candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_ds import dist
+from elip_ds.config import check_duration, duration_in_samples
+from elip_ds.errors import UserError
+from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, Progress, Setup, StepContext
+from elip_ds.objectives.ring import Ring
+
+
+@dataclass(frozen=True)
+class ITCConfig(ObjectiveConfig):
+    queue_size: int = 65536
+    "Past momentum features that serve as further candidates; 0 is off."
+    alpha: float = 0.4
+    "Share of the momentum twin's similarities in the targets."
+    alpha_ramp: str = "1 epoch"
+    "alpha grows linearly from 0 over this long."
+    gather_keys: bool = True
+    "Candidates from all ranks; false: only this rank's and the queue, as released."
+
+    def __post_init__(self) -> None:
+        check_duration("objectives.itc.alpha_ramp", self.alpha_ramp)
+        if self.queue_size < 0:
+            raise UserError(f"objectives.itc.queue_size={self.queue_size}: 0 (off) or more")
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"objectives.itc.alpha={self.alpha}: 0..1")
+
+
+def ramp(alpha: float, over: str, progress: Progress) -> float:
+    """alpha, grown linearly from 0 over a duration ('1 epoch')."""
+    length = duration_in_samples(over, progress.samples_per_epoch)
+    return alpha * min(1.0, progress.samples_seen / length) if length else alpha
+
+
+def soft_contrast(logits: Tensor, teacher_logits: Tensor, own: Tensor, alpha: float) -> Tensor:
+    """Mean cross-entropy with targets alpha * softmax(teacher) + (1 - alpha) * one-hot(own).
+
+    logits, teacher_logits: (B, K), fp32.  own: (B,) the column of each row's partner.
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    hard = F.nll_loss(log_p, own)
+    soft = -(teacher_logits.detach().softmax(dim=1) * log_p).sum(dim=1).mean()
+    return (1 - alpha) * hard + alpha * soft
+
+
+class ITC(Objective):
+    """Gives sim_i2t and sim_t2i, (B, B): local similarities over temperature, for hard negatives.
+
+    # differs from ALBEF: candidates come from all ranks by default, so that the loss does not depend
+    # on how a batch is split; the queue takes in a global batch once, after the optimizer step.
+    Negatives of the current step stay inside one micro-batch of each rank.
+    """
+
+    Config = ITCConfig
+    needs: ClassVar = frozenset({"teacher"})
+    gives: ClassVar = frozenset({"sim_i2t", "sim_t2i"})
+
+    def __init__(self, config: ITCConfig, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self.image_queue = Ring(config.queue_size, setup.embed_dim, setup.seed)
+        self.text_queue = Ring(config.queue_size, setup.embed_dim, setup.seed + 1)
+
+    def forward(self, context: StepContext) -> Loss:
+        image = context.run(Pass("image")).image_feat
+        text = context.run(Pass("text")).text_feat
+        with torch.no_grad():
+            teacher_image = context.run(Pass("image", "teacher")).image_feat
+            teacher_text = context.run(Pass("text", "teacher")).text_feat
+            image_keys, text_keys, start = self._keys(teacher_image, teacher_text)
+        own = start + torch.arange(len(image), device=image.device)
+        temperature = context.model().temperature()
+        i2t = self._logits(image, text_keys, self.text_queue) / temperature
+        t2i = self._logits(text, image_keys, self.image_queue) / temperature
+        with torch.no_grad():
+            teacher_i2t = self._logits(teacher_image, text_keys, self.text_queue) / temperature
+            teacher_t2i = self._logits(teacher_text, image_keys, self.image_queue) / temperature
+        alpha = ramp(self.config.alpha, self.config.alpha_ramp, context.progress)
+        loss = 0.5 * (
+            soft_contrast(i2t, teacher_i2t, own, alpha)
+            + soft_contrast(t2i, teacher_t2i, own, alpha)
+        )
+        local = slice(start, start + len(image))
+        context.given |= {"sim_i2t": i2t[:, local].detach(), "sim_t2i": t2i[:, local].detach()}
+        hits = (i2t[:, : len(text_keys)].argmax(dim=1) == own).float().mean()
+        return Loss(
+            values={"itc": loss},
+            logs={"itc_in_batch_recall": hits, "temperature": temperature.detach().squeeze()},
+            carry={"image": image_keys, "text": text_keys},
+        )
+
+    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
+        if self.config.queue_size == 0:
+            return
+        for carry in carries:
+            for queue, keys in ((self.image_queue, "image"), (self.text_queue, "text")):
+                rows = carry[keys] if self.config.gather_keys else dist.gather_rows(carry[keys])
+                queue.push(rows)
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "image_queue": self.image_queue.rows,
+            "text_queue": self.text_queue.rows,
+            "at": torch.tensor(self.image_queue.at),
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.image_queue.rows.copy_(state["image_queue"])
+        self.text_queue.rows.copy_(state["text_queue"])
+        self.image_queue.at = self.text_queue.at = int(state["at"])
+
+    def _keys(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, int]:
+        """(W * B, E) candidates of both kinds, and the place of the first local row among them."""
+        if not self.config.gather_keys:
+            return image, text, 0
+        both = dist.gather_rows(torch.stack([image, text], dim=1))  # one collective
+        return both[:, 0], both[:, 1], dist.rank() * len(image)
+
+    def _logits(self, x: Tensor, keys: Tensor, queue: Ring) -> Tensor:
+        """(B, E) against all candidates -> (B, K), the present batch first."""
+        return torch.cat([x @ keys.T, x @ queue.rows.T], dim=1)

@@ -1,0 +1,96 @@
+"""MLM: guess masked words from the rest of the caption and the image, helped by the momentum twin.
+
+Source: ALBEF (Li et al. 2021) section 3.2 and its released code; masking: BERT (Devlin et al. 2019).
+
+B local batch, L text tokens, V vocabulary, S selected positions of the batch.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elip_ds import dist
+from elip_ds.config import check_duration
+from elip_ds.errors import UserError
+from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, Setup, StepContext
+from elip_ds.objectives.itc import ramp
+
+
+@dataclass(frozen=True)
+class MLMConfig(ObjectiveConfig):
+    probability: float = 0.15
+    "Share of the words selected."
+    alpha: float = 0.4
+    "Share of the momentum twin's distribution in the targets; 0 runs no twin."
+    alpha_ramp: str = "1 epoch"
+    "alpha grows linearly from 0 over this long."
+
+    def __post_init__(self) -> None:
+        check_duration("objectives.mlm.alpha_ramp", self.alpha_ramp)
+        if not 0 < self.probability < 1:
+            raise UserError(f"objectives.mlm.probability={self.probability}: between 0 and 1")
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"objectives.mlm.alpha={self.alpha}: 0..1")
+
+
+def mask_words(
+    input_ids: Tensor,
+    noise: Tensor,
+    probability: float,
+    *,
+    vocab_size: int,
+    special_ids: dict[str, int],
+) -> tuple[Tensor, Tensor]:
+    """Select words; of those 80 % become [MASK], 10 % a random id of the whole vocabulary.
+
+    input_ids: (B, L).  noise: (B, 3L) uniform in [0, 1).  [CLS] and [PAD] are never selected.
+    Returns masked ids (B, L) and selected (B, L) bool.
+    """
+    select, kind, word = noise.chunk(3, dim=1)
+    ordinary = (input_ids != special_ids["[PAD]"]) & (input_ids != special_ids["[CLS]"])
+    selected = (select < probability) & ordinary
+    masked = torch.where(selected & (kind < 0.8), special_ids["[MASK]"], input_ids)
+    random_ids = (word * vocab_size).long()
+    masked = torch.where(selected & (kind >= 0.8) & (kind < 0.9), random_ids, masked)
+    return masked, selected
+
+
+class MLM(Objective):
+    """The mean is over the selected words of all ranks, so that it does not depend on the split over
+    ranks; over accumulation steps it is a mean of means.
+
+    # differs from ALBEF, where each rank divides by its own count.
+    """
+
+    Config = MLMConfig
+    needs: ClassVar = frozenset({"teacher"})
+
+    def forward(self, context: StepContext) -> Loss:
+        input_ids, attention_mask = context.texts["clean"]
+        noise = context.noise("mlm", 3 * input_ids.shape[1])
+        model = context.model()
+        masked, selected = mask_words(
+            input_ids,
+            noise,
+            self.config.probability,
+            vocab_size=self.setup.vocab_size,
+            special_ids=self.setup.special_ids,
+        )
+        context.texts["masked"] = (masked, attention_mask)
+        labels = input_ids[selected]  # (S,)
+        logits = model.decode(context.run(Pass("fusion", text="masked"))[selected]).float()
+        log_p = F.log_softmax(logits, dim=-1)  # (S, V)
+        total = F.nll_loss(log_p, labels, reduction="sum")
+        alpha = ramp(self.config.alpha, self.config.alpha_ramp, context.progress)
+        if self.config.alpha > 0:
+            with torch.no_grad():
+                fused = context.run(Pass("fusion", "teacher", "masked"))[selected]
+                target = context.model("teacher").decode(fused).float().softmax(dim=-1)
+            total = (1 - alpha) * total - alpha * (target * log_p).sum()
+        count = dist.sum_over_ranks(selected.sum()) / dist.world_size()
+        hits = (logits.argmax(dim=-1) == labels).float().sum()
+        count = count.clamp(min=1)
+        return Loss(values={"mlm": total / count}, logs={"mlm_accuracy": hits / count})

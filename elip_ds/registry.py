@@ -1,0 +1,36 @@
+"""The table of contents: every name a config may use, and the class or function behind it.
+
+Strings, resolved on use, so that importing this page costs nothing and it may point upward.
+"""
+
+import difflib
+import importlib
+from typing import Any
+
+from elip_ds.errors import UserError
+
+MODELS = {"albef": "elip_ds.models.albef:ALBEF"}
+OBJECTIVES = {
+    "itc": "elip_ds.objectives.itc:ITC",
+    "itm": "elip_ds.objectives.itm:ITM",
+    "mlm": "elip_ds.objectives.mlm:MLM",
+}
+TASKS = {"pretrain": "elip_ds.tasks.pretrain:Pretrain"}
+SOURCES = {"scenes": "elip_ds.data.sources.synthetic:scenes"}
+SCORES = {"recall": "elip_ds.scores.recall:retrieval_recall"}
+
+
+def resolve(table: dict[str, str], name: str, key: str) -> Any:
+    """The object behind a name. Raises UserError that names the config key and the known names."""
+    if name not in table:
+        raise UserError(f"{key}={name!r} is not known; {suggest(name, table)}")
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def suggest(name: str, known: Any) -> str:
+    """'did you mean X? known: ...' for an error line."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    listed = ", ".join(known) if len(known) <= 12 else f"{', '.join(known[:12])}, ..."
+    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {listed}"

@@ -1,0 +1,147 @@
+"""One run: its ranks, seed, folder and stop signal."""
+
+import json
+import logging
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+
+from elip_ds import dist
+from elip_ds.config import Config, changed_keys, dump_config, read_config
+from elip_ds.errors import UserError
+from elip_ds.logs import setup_logging
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+
+
+@dataclass
+class Run:
+    """dir: the run's folder.  seed: of the whole run; ranks that must differ add their number."""
+
+    ranks: dist.Ranks
+    dir: Path
+    seed: int
+    started: float = field(default_factory=time.time)
+    stop_asked: bool = False
+    _stopping: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def first_on_node(self) -> bool:
+        return self.ranks.local_rank == 0
+
+    @property
+    def stopping(self) -> bool:
+        """True on all ranks, or on none, once agree_to_stop has heard of a signal."""
+        return self._stopping
+
+    def agree_to_stop(self) -> None:
+        """All ranks learn whether any was asked to stop. A collective: call it on all ranks."""
+        asked = torch.tensor([int(self.stop_asked)], device=self.device)
+        self._stopping = bool(dist.max_over_ranks(asked).item())
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        dist.barrier()
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a small file whole or not at all."""
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+    def note_skipped(self, shard: str, key: str, reason: str) -> None:
+        """A line in skipped.jsonl, and a warning for the first of them."""
+        path = self.dir / "skipped.jsonl"
+        if not path.exists():
+            log.warning("skipped sample %s of %s (%s); more in %s", key, shard, reason, path)
+        with path.open("a") as file:
+            file.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
+
+
+def start_run(config: Config) -> Run:
+    """Join the ranks, seed, open the folder. Raises UserError when the folder is another run's."""
+    ranks = dist.read_ranks()
+    setup_logging(ranks.rank)
+    run = Run(ranks, Path(config.run.dir) / config.run.name, config.run.seed)
+    problem = _claim_folder(run, config)  # before joining, so that a refusal takes no rendezvous
+    if problem:
+        raise UserError(problem)
+    _watch_signals(run)
+    _set_threads(ranks)
+    dist.start(ranks)
+    seed_everything(run.seed)
+    if run.first:
+        run.write_text(run.dir / CONFIG, dump_config(config))
+    run.wait()
+    return run
+
+
+def seed_everything(seed: int) -> None:
+    """The same numbers on every rank: weights and queues are built from them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _claim_folder(run: Run, config: Config) -> str | None:
+    try:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run.dir, os.W_OK):
+            return f"run.dir: {run.dir} cannot be written to"
+    except OSError as error:
+        return f"run.dir: {run.dir} cannot be made: {error.strerror}"
+    kept = run.dir / CONFIG
+    if not kept.exists() or config.run.allow_config_change:
+        return None
+    changed = changed_keys(read_config(kept), config)
+    if not changed:
+        return None
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return (
+        f"{run.dir} belongs to another configuration ({'; '.join(changed[:3])}{more}); choose "
+        "another run.name, or set run.allow_config_change=true to go on with the new one"
+    )
+
+
+def _watch_signals(run: Run) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
+        if run.stop_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.stop_asked = True
+        log.warning("%s: saving after this step", signal.Signals(number).name)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, ask)
+
+
+def _set_threads(ranks: dist.Ranks) -> None:
+    """Share the cores of a node among its ranks, unless OMP_NUM_THREADS already says how."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // ranks.local_world_size))

@@ -1,0 +1,178 @@
+"""Pre-training: a model, its momentum twin where an objective asks for it, and the objectives.
+
+B batch, E joint space.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from elip_ds import dist, registry
+from elip_ds.config import Config
+from elip_ds.data import Batch, Vocabulary
+from elip_ds.errors import UserError
+from elip_ds.models import LocalTensors, MomentumTwin
+from elip_ds.objectives import Objective, Pass, Progress, StepContext
+from elip_ds.objectives.base import Setup
+from elip_ds.scores import retrieval_recall
+
+
+class Pairs(Protocol):
+    """Held-out pairs, dealt to the ranks in turn and filled up at the end; len() counts the pairs."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """total: weighted sum, to go backward.  values, logs: detached scalars by name.
+    kept_tokens: sequence length after each pruning stage.
+    """
+
+    total: Tensor
+    values: dict[str, Tensor]
+    logs: dict[str, Tensor]
+    kept_tokens: tuple[int, ...]
+
+
+class Pretrain(nn.Module):
+    """The module that the engine trains; everything trainable is inside it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objectives: Mapping[str, Objective],
+        *,
+        teacher_momentum: float,
+        prune_teacher: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objectives = nn.ModuleDict(objectives)
+        taught = any("teacher" in objective.needs for objective in objectives.values())
+        self.teacher = MomentumTwin(model) if taught else None
+        self._momentum, self._prune_teacher, self._seed = teacher_momentum, prune_teacher, seed
+        self._carries: dict[str, list[dict[str, Tensor]]] = {name: [] for name in objectives}
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Batch fields that some objective reads."""
+        return frozenset().union(*(o.inputs for o in self.objectives.values()))
+
+    def forward(self, batch: Batch, progress: Progress) -> StepLoss:
+        models: dict[str, Any] = {"student": self.model}
+        if self.teacher is not None:
+            models["teacher"] = self.teacher.model
+        context = StepContext(
+            batch, models, progress, seed=self._seed, prune_teacher=self._prune_teacher
+        )
+        total: Any = 0.0
+        values: dict[str, Tensor] = {}
+        logs: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            loss = objective(context)
+            for key, value in loss.values.items():
+                total = total + objective.weight(key, progress) * value
+                values[key] = value.detach()
+            logs |= loss.logs
+            self._carries[name].append(loss.carry)
+        image = context.passes.get(Pass("image"))
+        kept = image.keep.lengths if image is not None else ()
+        return StepLoss(total, values, logs, kept)
+
+    def drop_carries(self) -> None:
+        """Forget the step's carries: the optimizer skipped it."""
+        for carries in self._carries.values():
+            carries.clear()
+
+    def after_step(self, progress: Progress, local: LocalTensors) -> None:
+        """Once per optimizer step that was applied: the momentum twin, then the objectives' state."""
+        if self.teacher is not None:
+            self.teacher.update(self.model, self._momentum, local)
+        for name, objective in self.objectives.items():
+            objective.after_step(self._carries[name], progress)
+        self.drop_carries()
+
+    def state(self) -> dict[str, Tensor]:
+        """The objectives' state, as 'objective.name', for a checkpoint."""
+        return {
+            f"{name}.{key}": value
+            for name, objective in self.objectives.items()
+            for key, value in objective.state().items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, objective in self.objectives.items():
+            mine = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(name)}
+            if mine:
+                objective.load_state(mine)
+
+    @torch.no_grad()
+    def evaluate(self, pairs: Pairs, device: torch.device) -> dict[str, float]:
+        """Held-out retrieval by the joint space, images encoded without text and so unpruned.
+
+        Returns recall_at_1, _5, _10 (mean of both directions), tr_ and ir_at_k, and candidates.
+        Every rank calls it. Source: ALBEF's zero-shot retrieval. Differs: no re-ranking by ITM.
+        """
+        was_training = self.training
+        self.eval()
+        images, texts = [], []
+        dtype = next(p.dtype for p in self.model.parameters())
+        for batch in _on_device(pairs, device, dtype):
+            texts.append(self.model.encode_text(batch.input_ids, batch.attention_mask).text_feat)
+            images.append(self.model.encode_image(batch.images).image_feat)
+        self.train(was_training)
+        count = len(pairs)
+        image_feat, text_feat = (_in_order(torch.cat(x), count) for x in (images, texts))
+        return retrieval_recall(image_feat, text_feat) | {"candidates": count}
+
+
+def _on_device(batches: Iterable[Batch], device: torch.device, dtype: torch.dtype) -> Iterable:
+    return (batch.to(device, dtype) for batch in batches)
+
+
+def _in_order(rows: Tensor, count: int) -> Tensor:
+    """This rank's rows, every world_size-th -> all rows in order, fill-up rows dropped."""
+    gathered = dist.gather_rows(rows).unflatten(0, (dist.world_size(), -1))
+    return gathered.transpose(0, 1).flatten(0, 1)[:count]
+
+
+def build_pretrain(config: Config, vocabulary: Vocabulary) -> Pretrain:
+    """The task of a config, on the CPU, in fp32, the same on every rank.
+
+    Raises UserError when an objective needs what no earlier one gives.
+    """
+    build_model = registry.resolve(registry.MODELS, config.model.name, "model.name")
+    model = build_model(config.model, config.pruning)
+    setup = Setup(
+        width=config.model.text.width,
+        embed_dim=config.model.embed_dim,
+        vocab_size=len(vocabulary),
+        special_ids=vocabulary.special_ids,
+        seed=config.run.seed,
+    )
+    objectives: dict[str, Objective] = {}
+    given: set[str] = {"teacher"}
+    for name, part in config.objectives.items():
+        build = registry.resolve(registry.OBJECTIVES, name, "objectives")
+        missing = build.needs - given
+        if missing:
+            raise UserError(
+                f"objectives.{name} needs {', '.join(sorted(missing))}, which no objective before "
+                f"it gives; order now: {', '.join(config.objectives)}"
+            )
+        given |= build.gives
+        objectives[name] = build(part, setup)
+    return Pretrain(
+        model,
+        objectives,
+        teacher_momentum=config.teacher.momentum,
+        prune_teacher=config.teacher.prune,
+        seed=config.run.seed,
+    )

@@ -1,0 +1,191 @@
+"""ELIP: the one place where vision tokens are scored, kept and merged.
+
+Pure functions on tensors and numbers. Source: ELIP, Guo et al., arXiv:2309.16738, and its released
+code. Before a few chosen blocks, a throw-away copy of the tokens, its class token mixed with the
+text's, looks ahead through the next blocks without gradient; what its class token attends to there
+are the scores. The best-scored patches stay, in order; the others become one token, their mean under
+the scores as weights, appended last.
+
+B batch, N patches of the image, L tokens of the sequence (class token included), D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from elip_ds.config import PruningConfig, Stage
+from elip_ds.errors import UserError
+
+
+class LookaheadBlock(Protocol):
+    """What pruning asks of a transformer block."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def class_attention(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L), head mean of the class token's attention row, fp32."""
+
+
+@dataclass(frozen=True)
+class KeepIndex:
+    """What pruning did to one batch of images, whatever the number of stages.
+
+    origin: (B, L) patch 0..N-1 of each token; -1 the class token; -(2 + s) the token merged at stage s.
+    owner: (B, N) slot of the final sequence that carries each patch.
+    share: (B, N) weight with which the patch entered its owner; 1 if it was kept.
+    lengths: tokens after each stage, class and merged token included; one entry a stage that ran.
+    A merged token is an ordinary token later: it may survive, or be merged again.
+    """
+
+    origin: Tensor
+    owner: Tensor
+    share: Tensor
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """tokens: (B, 1 + K + 1, D), the merged token last.  kept: (B, K), ascending, index 0 the first
+    token after the class token.  weights: (B, L - 1), 0 for kept tokens, fp32.
+    """
+
+    tokens: Tensor
+    kept: Tensor
+    weights: Tensor
+
+
+def keep_count(keep_ratio: float, num_patches: int) -> int:
+    """Patches that survive a stage: a share of the tower's full patch count, truncated."""
+    return int(num_patches * keep_ratio)
+
+
+def sequence_lengths(pruning: PruningConfig, depth: int, num_patches: int) -> list[int]:
+    """Tokens that each of the depth blocks sees, class and merged tokens included."""
+    at = {stage.layer: stage for stage in pruning.stages}
+    lengths, length = [], 1 + num_patches
+    for layer in range(depth):
+        if layer in at:
+            count = keep_count(at[layer].keep_ratio, num_patches)
+            if count < length - 1 or pruning.empty_stage == "zero_token":
+                length = 1 + min(count, length - 1) + 1
+        lengths.append(length)
+    return lengths
+
+
+def check_stages(stages: Sequence[Stage], depth: int, num_patches: int) -> None:
+    """Raises UserError, naming the stage, unless the schedule fits a tower of depth blocks."""
+    for i, stage in enumerate(stages):
+        key = f"pruning.stages[{i}]"
+        before = stages[i - 1] if i else None
+        if stage.layer < 0 or stage.lookahead < 1:
+            raise UserError(
+                f"{key}: layer={stage.layer}, lookahead={stage.lookahead}: "
+                "a layer counts from 0, a look-ahead runs at least 1 block"
+            )
+        if stage.layer + stage.lookahead > depth:
+            raise UserError(
+                f"{key}: layer {stage.layer} + lookahead {stage.lookahead} is beyond the tower's "
+                f"{depth} blocks; use lookahead <= {max(0, depth - stage.layer)} or an earlier layer"
+            )
+        if not 0 < stage.keep_ratio <= 1:
+            raise UserError(f"{key}: keep_ratio={stage.keep_ratio} must lie in (0, 1]")
+        if before and stage.layer <= before.layer:
+            raise UserError(
+                f"{key}: layer {stage.layer} does not come after layer {before.layer} before it"
+            )
+        if before and stage.keep_ratio > before.keep_ratio:
+            raise UserError(
+                f"{key}: keep_ratio {stage.keep_ratio} exceeds {before.keep_ratio} before it; "
+                "ratios refer to the full patch count and cannot grow"
+            )
+        if keep_count(stage.keep_ratio, num_patches) < 1:
+            raise UserError(
+                f"{key}: keep_ratio={stage.keep_ratio} of {num_patches} patches keeps none"
+            )
+
+
+def full_index(batch_size: int, num_patches: int, device: torch.device) -> KeepIndex:
+    """The KeepIndex of an unpruned pass: every patch carries itself."""
+    patches = torch.arange(num_patches, device=device)
+    origin = torch.cat([patches.new_tensor([-1]), patches])
+    return KeepIndex(
+        origin=origin.expand(batch_size, -1),
+        owner=(patches + 1).expand(batch_size, -1),
+        share=torch.ones(batch_size, num_patches, device=device),
+    )
+
+
+@torch.no_grad()
+def lookahead_scores(
+    x: Tensor, text_class: Tensor, blocks: Sequence[LookaheadBlock], text_weight: float
+) -> Tensor:
+    """Score every token but the class token by what a text-mixed class token will attend to.
+
+    x: (B, L, D), unchanged.  text_class: (B, D).  blocks: those of the look-ahead, at least one.
+    Returns (B, L - 1), fp32, >= 0; the class token's own share is dropped, the rest not renormalised.
+    Source: ELIP. Differs: of the last block only the class token's attention row is computed.
+    """
+    mixed = torch.lerp(x[:, :1], text_class.to(x.dtype).unsqueeze(1), text_weight)
+    z = torch.cat([mixed, x[:, 1:]], dim=1)
+    for block in blocks[:-1]:
+        z = block(z)
+    return blocks[-1].class_attention(z)[:, 1:]
+
+
+def prune_tokens(x: Tensor, scores: Tensor, num_keep: int, eps: float) -> Pruned:
+    """Keep the highest-scored tokens, in order, and fold the rest into one, appended last.
+
+    x: (B, L, D), class token first.  scores: (B, L - 1), >= 0, any scale.
+    With num_keep = L - 1 nothing is left to merge and the appended token is zero, as in the released
+    code; callers that do not want it skip the stage.
+    Gradient reaches x through kept and merged tokens, and never the scores.
+    Raises ValueError unless 1 <= num_keep <= L - 1.
+    Source: ELIP. Differs: one gather for the whole batch instead of a loop.
+    """
+    if not 1 <= num_keep <= scores.shape[1]:
+        raise ValueError(f"num_keep={num_keep} must lie in 1..{scores.shape[1]}")
+    scores = scores.detach().float()
+    kept = scores.topk(num_keep, dim=1, sorted=False).indices.sort(dim=1).values
+    weights = scores.scatter(1, kept, 0.0)
+    weights = weights / (weights.sum(dim=1, keepdim=True) + eps)
+    index = kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    survivors = x[:, 1:].gather(1, index)
+    merged = torch.einsum("bl,bld->bd", weights.to(x.dtype), x[:, 1:])
+    return Pruned(torch.cat([x[:, :1], survivors, merged.unsqueeze(1)], dim=1), kept, weights)
+
+
+def follow(index: KeepIndex, pruned: Pruned, stage: int) -> KeepIndex:
+    """The KeepIndex after one more stage: whose slot each patch is in now, and with what weight."""
+    batch, num_keep = pruned.kept.shape
+    length = index.origin.shape[1]
+    slot = pruned.kept.new_full((batch, length), num_keep + 1)
+    slot[:, 0] = 0
+    slots = torch.arange(1, num_keep + 1, device=slot.device).expand(batch, -1)
+    slot.scatter_(1, pruned.kept + 1, slots)
+    weight = torch.cat([pruned.weights.new_ones(batch, 1), pruned.weights], dim=1)
+    weight = weight.scatter(1, pruned.kept + 1, 1.0)
+    survivors = index.origin[:, 1:].gather(1, pruned.kept)
+    merged = survivors.new_full((batch, 1), -(2 + stage))
+    return KeepIndex(
+        origin=torch.cat([index.origin[:, :1], survivors, merged], dim=1),
+        owner=slot.gather(1, index.owner),
+        share=index.share * weight.gather(1, index.owner),
+        lengths=(*index.lengths, num_keep + 2),
+    )
+
+
+def unprune(x: Tensor, index: KeepIndex) -> Tensor:
+    """(B, L, D) -> (B, N, D): every patch reads the token that carries it."""
+    return x.gather(1, index.owner.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def prune_targets(targets: Tensor, index: KeepIndex) -> Tensor:
+    """(B, N, C) -> (B, L - 1, C): per-patch targets mixed as the tokens were, class token left out."""
+    weighted = targets * index.share.unsqueeze(-1).to(targets.dtype)
+    batch, length = index.origin.shape
+    out = targets.new_zeros(batch, length, targets.shape[-1])
+    out.scatter_add_(1, index.owner.unsqueeze(-1).expand_as(weighted), weighted)
+    return out[:, 1:]

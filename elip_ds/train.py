@@ -1,0 +1,57 @@
+"""Pre-train: the algorithm on one page. Usage: deepspeed elip_ds/train.py --help"""
+
+import sys
+
+from elip_ds import dist
+from elip_ds.batching import plan_batch
+from elip_ds.config import duration_in_samples, load_config
+from elip_ds.data import build_loaders, build_vocabulary, open_sources
+from elip_ds.engine import Engine, due, json_batch, read_ds_config
+from elip_ds.errors import exit_with
+from elip_ds.metrics import Recorder, close_run
+from elip_ds.run import start_run
+from elip_ds.tasks import build_pretrain
+
+
+def main(argv: list[str]) -> None:
+    cfg = load_config(argv)  # preset + key=value, typed and frozen
+    ds_tree = read_ds_config(cfg.engine.deepspeed)
+    run = start_run(cfg)  # ranks, seed, folder, stop signal
+    batch = json_batch(ds_tree, cfg.batching, run.world_size)
+    plan = plan_batch(*batch, world_size=run.world_size, min_micro_batch=2)
+    sources = open_sources(cfg.data, run)
+    vocabulary = build_vocabulary(cfg.data, sources, run, cfg.model.text.vocab_size)
+    loader, held_out = build_loaders(
+        cfg.data,
+        sources,
+        vocabulary,
+        run,
+        image_size=cfg.model.vision.image_size,
+        micro_batch_size=plan.micro_batch_size,
+        eval_batch_size=cfg.eval.batch_size,
+        max_eval=cfg.eval.max_samples,
+    )
+    engine = Engine(cfg, ds_tree, build_pretrain(cfg, vocabulary), plan, run)
+    engine.resume(loader)  # newest checkpoint, else cfg's weights, else fresh
+    recorder = Recorder(cfg, run, engine, loader)
+
+    total = engine.total_samples(loader)
+    save_every = duration_in_samples(cfg.checkpoint.every, loader.samples_per_epoch)
+    eval_every = cfg.eval.every and duration_in_samples(cfg.eval.every, loader.samples_per_epoch)
+    while engine.samples_seen < total and not run.stopping:
+        record = engine.train_step(loader)  # accumulate, reduce, update: one optimizer step
+        recorder.step(record)
+        if eval_every and due(engine.samples_seen, plan.global_batch_size, eval_every):
+            recorder.scores(engine.evaluate(held_out))
+        if due(engine.samples_seen, plan.global_batch_size, save_every):
+            recorder.saved(engine.save(loader))
+    checkpoint = engine.save(loader)
+    done = engine.samples_seen >= total
+    if done and cfg.run.on_finish == "evaluate":
+        recorder.scores(engine.evaluate(held_out))
+    close_run(run, recorder, checkpoint, "done" if done else "stopped")
+    dist.stop()
+
+
+if __name__ == "__main__":
+    exit_with(main, sys.argv[1:])
