@@ -25,10 +25,10 @@ def plan_batch(
     world_size: int,
     min_micro_batch: int = 1,
 ) -> Plan:
-    """micro_batch_size: a number, or 'auto' for a rank's whole share.
+    """micro_batch_size: a number, or 'auto' for a rank's whole share.  min_micro_batch: the fewest
+    samples per pass that the objectives can do with.
 
-    Raises UserError, with the nearest batches that would do, unless it divides exactly, and when an
-    objective needs more samples per pass.
+    Raises UserError, with the nearest batches that would do, unless it divides exactly.
     """
     if micro_batch_size == "auto":
         if global_batch_size % world_size:
@@ -47,8 +47,9 @@ def plan_batch(
         )
     if micro_batch_size < min_micro_batch:
         raise UserError(
-            f"micro_batch_size={micro_batch_size}: the objectives need at least {min_micro_batch} "
-            "samples per rank and pass (hard negatives come from the same micro-batch)"
+            f"batching.micro_batch_size={micro_batch_size}: the objectives need at least "
+            f"{min_micro_batch} samples per rank and pass (hard negatives come from the same "
+            f"micro-batch), batching.global_batch_size {min_micro_batch * world_size} or more"
         )
     return Plan(micro_batch_size, global_batch_size // per_pass, world_size)
 

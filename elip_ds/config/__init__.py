@@ -2,11 +2,12 @@
 
 from elip_ds.config.duration import check_duration, duration_in_samples
 from elip_ds.config.load import changed_keys, dump_config, load_config, read_config
-from elip_ds.config.schema import Config, PruningConfig, Stage
+from elip_ds.config.schema import Config, PruningConfig, ShardSource, Stage
 
 __all__ = [
     "Config",
     "PruningConfig",
+    "ShardSource",
     "Stage",
     "changed_keys",
     "check_duration",

@@ -5,18 +5,30 @@ import re
 
 from elip_ds.errors import UserError
 
-_FORM = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][0-9]+)?)\s*(samples?|epochs?)\s*")
+_FORM = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*(samples?|epochs?)\s*")
 
 
-def check_duration(key: str, text: str) -> None:
+def check_duration(key: str, text: str, *, above_zero: bool = False) -> None:
     """Raises UserError with the key unless text reads like '2 epochs' or '640000 samples'."""
-    if not _FORM.fullmatch(str(text)):
-        raise UserError(f"{key}={text!r}: write a number and a unit, '2 epochs' or '640000 samples'")
+    match = _FORM.fullmatch(str(text))
+    if not match:
+        raise UserError(
+            f"{key}={text!r}: write a number and a unit, '2 epochs' or '640000 samples'"
+        )
+    number = float(match[1])
+    if not math.isfinite(number):
+        raise UserError(f"{key}={text!r} is too long")
+    if match[2].startswith("sample") and number % 1:
+        raise UserError(f"{key}={text!r}: samples are whole; parts of an epoch may be given")
+    if above_zero and number == 0:
+        raise UserError(f"{key}={text!r}: more than 0")
 
 
 def duration_in_samples(text: str, samples_per_epoch: int) -> int:
-    """'1.5 epochs' -> samples, rounded to whole ones. text has passed check_duration."""
+    """'1.5 epochs' -> whole samples, at least 1 unless it is 0. text has passed check_duration."""
     match = _FORM.fullmatch(text)
     assert match, text
-    number, unit = float(match[1]), match[2]
-    return round(number * samples_per_epoch) if unit.startswith("epoch") else math.floor(number)
+    number = float(match[1])
+    if match[2].startswith("epoch"):
+        number *= samples_per_epoch
+    return max(1, round(number)) if number else 0

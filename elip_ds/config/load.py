@@ -5,18 +5,18 @@ Every error a config can have is raised here, as one line with the key, before a
 
 import argparse
 import dataclasses
-import difflib
-import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf, read_write
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf import OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from elip_ds import registry
 from elip_ds.config.schema import Config
+from elip_ds.config.shape import check_tree, show
 from elip_ds.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -55,7 +55,8 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, list[str]]:
     --help and preset=list print and leave with status 0.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--deepspeed", "--deepspeed_config", metavar="PATH")
+    parser.add_argument("--deepspeed", metavar="PATH", nargs="?")  # bare: as DeepSpeed's own flag
+    parser.add_argument("--deepspeed_config", metavar="PATH")
     parser.add_argument("--local_rank", "--local-rank", type=int)  # launchers add it
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("words", nargs="*")
@@ -66,10 +67,13 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, list[str]]:
     if "preset=list" in known.words:
         sys.stdout.write("".join(f"{name:18} {line}\n" for name, line in list_presets().items()))
         raise SystemExit(0)
-    for word in known.words:
-        if not re.match(r"[\w.]+=", word):
-            raise UserError(f"{word!r} is not key=value; see --help")
-    return known.deepspeed, known.words
+    paths = {path for path in (known.deepspeed, known.deepspeed_config) if path is not None}
+    if len(paths) > 1:
+        raise UserError(
+            f"--deepspeed {known.deepspeed} contradicts --deepspeed_config "
+            f"{known.deepspeed_config}; give one"
+        )
+    return next(iter(paths), None), known.words
 
 
 def list_presets() -> dict[str, str]:
@@ -83,45 +87,54 @@ def list_presets() -> dict[str, str]:
 def load_config(argv: list[str]) -> Config:
     """argv: command-line words without the program.  Raises UserError, one line, for any fault."""
     deepspeed, words = parse_arguments(argv)
-    preset = "demo"
-    for word in words:
-        if word.startswith("preset="):
-            preset = word.partition("=")[2]
-    raw = OmegaConf.merge(_read_preset(preset), _read_words(words))
-    assert isinstance(raw, DictConfig)
+    settings = _read_words(words)
     if deepspeed is not None:
-        OmegaConf.update(raw, "engine.deepspeed", deepspeed)
-    OmegaConf.update(raw, "preset", preset)
-    return build_config(OmegaConf.to_container(raw))
+        settings.append({"engine": {"deepspeed": deepspeed}})
+    preset = next((tree["preset"] for tree in reversed(settings) if "preset" in tree), "demo")
+    merged = _read_preset(str(preset))
+    for tree in settings:  # of two words for one setting the later counts
+        merged = _merge(merged, tree)
+    return build_config(merged | {"preset": preset})
 
 
 def read_config(path: Path) -> Config:
     """The resolved config.yaml that a run or a checkpoint keeps."""
-    return build_config(yaml.safe_load(path.read_text()))
+    try:
+        return build_config(yaml.safe_load(path.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def build_config(tree: Any) -> Config:
     """A plain tree of settings -> Config, checked section by section and across sections."""
-    tree = {key: value for key, value in tree.items() if value is not None or key == "init_from"}
-    data = tree.get("data", {})
-    for key in ("train", "val"):
-        if key in data:
-            data[key] = _as_sources(data[key])
+    if isinstance(tree, dict) and isinstance(tree.get("data"), dict):
+        short = {
+            key: _as_sources(tree["data"][key]) for key in ("train", "val") if key in tree["data"]
+        }
+        tree = tree | {"data": tree["data"] | short}
+    model = _model_class(tree)
+    objectives = {
+        name: registry.resolve(registry.OBJECTIVES, name, "objectives").Config
+        for name in registry.OBJECTIVES
+    }
+    optional = {name: part | None for name, part in objectives.items()}
+    check_tree(tree, get_type_hints(Config) | {"model": model, "objectives": optional})
     schema = OmegaConf.structured(Config)
-    model_name = (tree.get("model") or {}).get("name", "albef")
     with read_write(schema):  # frozen classes make read-only nodes
-        model = registry.resolve(registry.MODELS, model_name, "model.name")
-        schema.model = OmegaConf.structured(model.Config)
-        for name, part in (tree.get("objectives") or {}).items():
-            objective = registry.resolve(registry.OBJECTIVES, name, "objectives")
+        schema.model = OmegaConf.structured(model)
+        for name, part in tree.get("objectives", {}).items():
             if part is not None:
-                schema.objectives[name] = OmegaConf.structured(objective.Config)
+                schema.objectives[name] = OmegaConf.structured(objectives[name])
     try:
-        config: Any = OmegaConf.to_object(OmegaConf.merge(schema, tree))
+        merged = OmegaConf.merge(schema, tree)
+        _check_numbers(OmegaConf.to_container(merged, resolve=True))
+        config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(_explain(error, schema)) from None
-    objectives = {name: part for name, part in config.objectives.items() if part is not None}
-    config = dataclasses.replace(config, objectives=objectives)
+        raise UserError(_explain(error, tree)) from None
+    on = {name: part for name, part in config.objectives.items() if part is not None}
+    config = dataclasses.replace(config, objectives=on)
     _check_across(config)
     return config
 
@@ -143,34 +156,86 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     ]
 
 
-def _read_preset(name: str) -> DictConfig:
+def _read_preset(name: str, above: Sequence[str] = ()) -> dict[Any, Any]:
+    """A preset's tree, merged over those it extends. above: the presets that led here."""
+    chain = " extends ".join([*above, name])
+    if name not in list_presets():
+        raise UserError(f"preset={chain} is not known; {registry.suggest(name, list_presets())}")
+    if name in above:
+        raise UserError(f"preset={chain}: a preset cannot extend itself")
     path = PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"preset={name} is not known; {registry.suggest(name, list_presets())}")
-    preset = OmegaConf.load(path)
-    assert isinstance(preset, DictConfig)
-    base = preset.pop("extends", None)
-    merged = OmegaConf.merge(_read_preset(base), preset) if base else preset
-    assert isinstance(merged, DictConfig)
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise UserError(f"preset={chain}: {path} cannot be read: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"preset={chain}: {path} holds no sections")
+    base = tree.pop("extends", None)
+    return tree if base is None else _merge(_read_preset(str(base), [*above, name]), tree)
+
+
+def _merge(under: dict[Any, Any], over: dict[Any, Any]) -> dict[Any, Any]:
+    """Sections merge; a value, a list or a null replaces what was there."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 
-def _read_words(words: list[str]) -> DictConfig:
-    words = [word for word in words if not word.startswith("preset=")]
+def _read_words(words: list[str]) -> list[dict[str, Any]]:
+    """key=value words -> a tree for each."""
+    trees: list[dict[str, Any]] = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not key=value; see --help")
+        parts = key.split(".")
+        if not all(parts):
+            raise UserError(f"{word!r}: {key!r} is no key; write SECTION.KEY=VALUE; see --help")
+        tree: Any = text if key == "preset" else _read_value(word, text)
+        if isinstance(tree, int | float) and _is_text(parts):
+            tree = text  # run.name=007 and run.name=on mean what they say
+        for i, part in reversed(list(enumerate(parts))):
+            if part.isdigit() or "[" in part:
+                whole = ".".join(parts[: i + ("[" in part)]).partition("[")[0]
+                raise UserError(f"{word!r}: a list is set as a whole, {whole}=[...]")
+            tree = {part: tree}
+        trees.append(tree)
+    return trees
+
+
+def _is_text(parts: list[str]) -> bool:
+    """Whether the setting at these parts of a key holds text."""
+    shape: Any = Config
+    for part in parts:
+        shape = get_type_hints(shape).get(part) if dataclasses.is_dataclass(shape) else None
+    return shape in (str, str | None)
+
+
+def _read_value(word: str, text: str) -> Any:
     try:
-        return OmegaConf.from_dotlist(words)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        for word in words:
-            try:
-                OmegaConf.from_dotlist([word])
-            except Exception:
-                raise UserError(f"{word!r} cannot be read as key=value (YAML)") from None
-        raise UserError(f"the settings contradict each other: {_first_line(error)}") from None
+        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except Exception:  # the YAML reader raises all sorts: KeyError, AttributeError, RecursionError
+        key = word.partition("=")[0]
+        raise UserError(
+            f"{word!r}: the value is no YAML; quote a text with any of {{}}[],:# in it, "
+            f"""as in '{key}="..."'"""
+        ) from None
+    return tree["value"]
 
 
 def _as_sources(value: Any) -> list:
-    entries = value if isinstance(value, list) else [value]
+    """The short forms of data.train and data.val: one pattern, or a list that holds patterns."""
+    entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
     return [{"shards": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+def _model_class(tree: Any) -> type:
+    """The Config class of the model that a tree names."""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    name = model.get("name", "albef") if isinstance(model, dict) else "albef"
+    return registry.resolve(registry.MODELS, str(name), "model.name").Config
 
 
 def _flatten(tree: Any, at: str = "") -> dict[str, Any]:
@@ -182,28 +247,41 @@ def _flatten(tree: Any, at: str = "") -> dict[str, Any]:
     return {at: tree}
 
 
-def _explain(error: OmegaConfBaseException, schema: DictConfig) -> str:
-    key = str(getattr(error, "full_key", "") or "")
-    cause = error.__cause__
-    if isinstance(cause, UserError):  # raised by a section's __post_init__
-        return str(cause)
-    if isinstance(error, ConfigKeyError) or "not in '" in str(error):
-        known = list(_flatten(OmegaConf.to_container(schema, throw_on_missing=False)))
-        sections = {k.rpartition(".")[0] for k in known}
-        near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{key} is not a setting{hint}"
-    if isinstance(error, ValidationError):
-        return f"{key}: {_first_line(error)}"
-    return f"{key}: {_first_line(error)}" if key else _first_line(error)
+def _explain(error: OmegaConfBaseException, tree: dict[str, Any]) -> str:
+    key, what = str(error.full_key or ""), str(error).partition("\n")[0]
+    value = _flatten(tree).get(key)
+    return what if value is None else f"{key}={show(value)}: {what}"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
+def _check_numbers(tree: Any) -> None:
+    """What holds for the numbers of any model and objective; each class checks the rest."""
+    for section, low in (("model", 1), ("objectives", 0)):
+        for key, value in _flatten(tree[section], section).items():
+            least = low if isinstance(value, int) else 0
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+                raise UserError(f"{key}={value}: {least} or more")
 
 
 def _check_across(config: Config) -> None:
     registry.resolve(registry.TASKS, config.task, "task")
     if not config.objectives:
-        raise UserError("objectives: none is on; switch on at least one of itc, itm, mlm")
+        raise UserError(
+            f"objectives: none is on; switch one on, objectives.NAME={{}}, NAME one of "
+            f"{', '.join(registry.OBJECTIVES)}"
+        )
+    positions = config.model.text.max_positions
+    if config.data.text_length > positions:
+        raise UserError(
+            f"data.text_length={config.data.text_length} exceeds model.text.max_positions="
+            f"{positions}; lower the one or raise the other"
+        )
+    if not config.data.val and (config.eval.every or config.run.on_finish == "evaluate"):
+        raise UserError(
+            "data.val is empty: name held-out shards, or set eval.every=null and "
+            "run.on_finish=nothing"
+        )
     config.model.check(config.pruning)

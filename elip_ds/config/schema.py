@@ -1,4 +1,4 @@
-"""The typed tree of a run. Defaults live here and nowhere else; "auto" means planned, null means off.
+"""The typed tree of a run. Defaults live here only; "auto" means planned, null means off.
 
 `model` and the entries of `objectives` take the type that the registered class names as its Config,
 so they are typed in load.py. Everything is frozen: a run's configuration never changes under way.
@@ -30,7 +30,12 @@ class RunConfig:
     "What a started run does at its end: evaluate, or nothing."
 
     def __post_init__(self) -> None:
-        _require(bool(self.name), "run.name is empty")
+        _require(
+            self.name not in ("", ".", "..") and not set(self.name) & {"/", "\0"},
+            f"run.name={self.name!r}: the name of one folder, without a slash; run.dir holds it",
+        )
+        _require(bool(self.dir), "run.dir is empty: name a folder, '.' for this one")
+        _require(0 <= self.seed < 2**32, f"run.seed={self.seed}: 0 to 2**32 - 1")
         _require(
             self.on_finish in ("evaluate", "nothing"),
             f"run.on_finish={self.on_finish!r}: choose evaluate or nothing",
@@ -44,9 +49,6 @@ class ShardSource:
     weight: float = 1.0
     "How often an epoch visits each sample: 2 is twice, 0.5 every other epoch."
 
-    def __post_init__(self) -> None:
-        _require(self.weight > 0, f"data: weight={self.weight} of {self.shards!r} must be above 0")
-
 
 @dataclass(frozen=True)
 class BuiltinConfig:
@@ -57,7 +59,13 @@ class BuiltinConfig:
     val: int = 1000
     "Number of held-out scenes."
     image_size: int = 64
-    "Side of a scene, pixels."
+    "Side of a scene, pixels, at least 48: smaller ones would not show what the captions say."
+
+    def __post_init__(self) -> None:
+        _require(bool(self.dir), "data.builtin.dir is empty: name a folder")
+        _require(self.train >= 1, f"data.builtin.train={self.train}: 1 or more")
+        _require(self.val >= 1, f"data.builtin.val={self.val}: 1 or more")
+        _require(self.image_size >= 48, f"data.builtin.image_size={self.image_size}: 48 or more")
 
 
 @dataclass(frozen=True)
@@ -83,15 +91,28 @@ class DataConfig:
     "Stop when more than this share of the samples read cannot be used."
 
     def __post_init__(self) -> None:
-        _require(self.text_length >= 2, f"data.text_length={self.text_length}: at least 2")
+        for split, sources in (("train", self.train), ("val", self.val)):
+            for i, source in enumerate(sources):
+                key = f"data.{split}[{i}]"
+                _require(bool(source.shards), f"{key}.shards is empty: name shards, or builtin")
+                _require(
+                    0 < source.weight <= 1000, f"{key}.weight={source.weight}: above 0, to 1000"
+                )
+        _require(
+            bool(self.vocabulary), "data.vocabulary is empty: 'auto', or a WordPiece vocab.txt"
+        )
+        _require(self.text_length >= 2, f"data.text_length={self.text_length}: 2 or more")
         low_high = list(self.crop_scale)
         _require(
             len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= 1,
             f"data.crop_scale={low_high}: two shares, 0 < low <= high <= 1",
         )
+        _require(self.shuffle_shards >= 1, f"data.shuffle_shards={self.shuffle_shards}: 1 or more")
         _require(self.workers >= 0, f"data.workers={self.workers}: 0 or more")
-        _require(self.shuffle_shards >= 1, "data.shuffle_shards: 1 or more")
-        _require(0 <= self.max_bad_share < 1, "data.max_bad_share: a share in 0..1")
+        _require(
+            0 <= self.max_bad_share < 1,
+            f"data.max_bad_share={self.max_bad_share}: a share, 0 or more and below 1",
+        )
         _require(len(self.train) > 0, "data.train is empty: name at least one shard pattern")
 
 
@@ -147,12 +168,23 @@ class OptimConfig:
     "Parameters without decay besides biases and vectors: every name that contains one of these."
     decay: list[str] = field(default_factory=lambda: ["temperature"])
     "Vectors that do decay (the published temperature does, being a 0-d tensor there)."
+    multipliers: dict[str, float] = field(default_factory=dict)
+    "Learning-rate factors: every parameter whose name contains the key; the last match counts."
     clip_norm: float = 0.0
     "Largest gradient norm; 0 is off."
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr={self.lr}: above 0")
-        _require(len(self.betas) == 2, f"optim.betas={list(self.betas)}: two numbers")
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas={list(self.betas)}: two numbers, 0 or more and below 1",
+        )
+        _require(self.eps > 0, f"optim.eps={self.eps}: above 0")
+        _require(
+            self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}: 0 (off) or above"
+        )
+        for name, factor in self.multipliers.items():
+            _require(factor >= 0, f"optim.multipliers.{name}={factor}: 0 or above")
         _require(self.clip_norm >= 0, f"optim.clip_norm={self.clip_norm}: 0 (off) or above")
 
 
@@ -167,8 +199,10 @@ class ScheduleConfig:
     "Where the cosine ends."
 
     def __post_init__(self) -> None:
-        check_duration("schedule.length", self.length)
+        check_duration("schedule.length", self.length, above_zero=True)
         check_duration("schedule.warmup", self.warmup)
+        _require(self.warmup_lr >= 0, f"schedule.warmup_lr={self.warmup_lr}: 0 or above")
+        _require(self.min_lr >= 0, f"schedule.min_lr={self.min_lr}: 0 or above")
 
 
 @dataclass(frozen=True)
@@ -179,7 +213,10 @@ class BatchingConfig:
     "Samples per rank and pass; auto: the whole share of a rank, without accumulation."
 
     def __post_init__(self) -> None:
-        _require(self.global_batch_size >= 1, "batching.global_batch_size: 1 or more")
+        _require(
+            self.global_batch_size >= 1,
+            f"batching.global_batch_size={self.global_batch_size}: 1 or more",
+        )
         micro = self.micro_batch_size
         _require(
             micro == "auto" or (isinstance(micro, int) and micro >= 1),
@@ -195,6 +232,7 @@ class EngineConfig:
     "fp32, bf16, fp16; auto: bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU."
 
     def __post_init__(self) -> None:
+        _require(self.deepspeed != "", "engine.deepspeed is empty: name a DeepSpeed JSON")
         _require(
             self.precision in ("auto", "fp32", "bf16", "fp16"),
             f"engine.precision={self.precision!r}: choose auto, fp32, bf16 or fp16",
@@ -209,7 +247,7 @@ class CheckpointConfig:
     "How many of the newest checkpoints stay."
 
     def __post_init__(self) -> None:
-        check_duration("checkpoint.every", self.every)
+        check_duration("checkpoint.every", self.every, above_zero=True)
         _require(self.keep >= 1, f"checkpoint.keep={self.keep}: 1 or more")
 
 
@@ -224,8 +262,12 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if self.every is not None:
-            check_duration("eval.every", self.every)
-        _require(self.batch_size >= 1, "eval.batch_size: 1 or more")
+            check_duration("eval.every", self.every, above_zero=True)
+        _require(self.batch_size >= 1, f"eval.batch_size={self.batch_size}: 1 or more")
+        _require(
+            self.max_samples is None or self.max_samples >= 1,
+            f"eval.max_samples={self.max_samples}: 1 or more, or null for all",
+        )
 
 
 @dataclass(frozen=True)
@@ -238,10 +280,12 @@ class MetricsConfig:
     "Address that the endpoint listens on."
 
     def __post_init__(self) -> None:
-        check_duration("metrics.every", self.every)
+        check_duration("metrics.every", self.every, above_zero=True)
         _require(
-            self.port is None or 0 <= self.port <= 65535, f"metrics.port={self.port}: 0..65535"
+            self.port is None or 0 <= self.port <= 65535,
+            f"metrics.port={self.port}: 0 (any free one) to 65535, or null for none",
         )
+        _require(bool(self.address), "metrics.address is empty: 127.0.0.1, or 0.0.0.0 for all")
 
 
 @dataclass(frozen=True)

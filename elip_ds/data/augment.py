@@ -22,7 +22,7 @@ def keyed_generator(*words: int) -> np.random.Generator:
 def train_image(
     image: Image.Image, size: int, rng: np.random.Generator, *, scale: list[float], flip: bool
 ) -> np.ndarray:
-    """A crop of random area (share in scale) and aspect (3/4..4/3), resized to (size, size, 3) uint8."""
+    """A crop of random area (share in scale) and aspect (3/4..4/3) -> (size, size, 3) uint8."""
     box = random_box(image.width, image.height, rng, scale)
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     pixels = np.asarray(image)
@@ -40,9 +40,10 @@ def random_box(
     width: int, height: int, rng: np.random.Generator, scale: list[float]
 ) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) as RandomResizedCrop draws it: ten tries, then a central crop."""
+    smallest, largest = scale
     low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
+        area = width * height * rng.uniform(smallest, largest)
         aspect = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:

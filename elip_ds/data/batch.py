@@ -55,5 +55,5 @@ class Batch:
 
 def stable_hash(text: str) -> int:
     """A signed 64-bit number that is the same in every process and on every machine."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

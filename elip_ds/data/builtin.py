@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from elip_ds.config.schema import BuiltinConfig
-from elip_ds.data.shards import expand_shards, write_shards
+from elip_ds.data.shards import write_shards
 from elip_ds.data.sources.synthetic import scenes
 from elip_ds.run import Run
 
@@ -17,10 +17,7 @@ def builtin_shards(config: BuiltinConfig, run: Run) -> dict[str, list[Path]]:
     if run.first_on_node and not folder.is_dir():
         write_builtin(config, folder)
     run.wait()
-    return {
-        split: expand_shards(f"{folder}/scenes-{split}-*.tar", f"data.builtin ({split})")
-        for split in ("train", "val")
-    }
+    return {split: sorted(folder.glob(f"scenes-{split}-*.tar")) for split in ("train", "val")}
 
 
 def write_builtin(config: BuiltinConfig, folder: Path) -> None:
@@ -28,9 +25,7 @@ def write_builtin(config: BuiltinConfig, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     for split, count in (("train", config.train), ("val", config.val)):
-        write_shards(
-            scenes(split, count, image_size=config.image_size), partial, f"scenes-{split}"
-        )
+        write_shards(scenes(split, count, image_size=config.image_size), partial, f"scenes-{split}")
     try:
         os.rename(partial, folder)
     except OSError:  # another node wrote it meanwhile; the same scenes

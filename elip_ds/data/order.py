@@ -40,7 +40,7 @@ class Place:
 
 class SampleOrder:
     def __init__(self, sources: Sequence[SourceSize], seed: int, window: int) -> None:
-        """window: shards that are shuffled among each other, so that reading stays local on disk."""
+        """window: shards shuffled among each other, few, so that reading stays local on disk."""
         self.sources, self.seed, self.window = list(sources), seed, window
         self.samples_per_epoch = sum(source.per_epoch for source in sources)
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}

@@ -17,3 +17,7 @@ class Record:
     extension: str
     captions: tuple[str, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used; the message is the reason, a few words."""

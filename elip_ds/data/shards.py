@@ -1,8 +1,9 @@
 """Tar shards in the WebDataset layout: write them, find them, index them, read one sample of them.
 
 A sample is the tar members that share a name up to its first dot: KEY.jpg (or png, webp), KEY.txt
-(one caption) and KEY.json (everything else; `captions` holds all captions). Our writer adds an
-index.json to the folder, so that counting samples opens no shard. Shards without one are scanned.
+(one caption) and KEY.json (everything else; `captions`, where it is there, holds all captions, and
+the text is not one if it does not). Our writer adds an index.json to the folder, so that counting
+samples opens no shard. Shards without one are scanned.
 """
 
 import contextlib
@@ -13,19 +14,16 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import webdataset
 from webdataset.tariterators import base_plus_ext
 
-from elip_ds.data.record import Record
+from elip_ds.data.record import BadSample, Record
 from elip_ds.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 INDEX = "index.json"
-
-
-class BadSample(ValueError):
-    """A sample that cannot be used; the message is the reason, a few words."""
 
 
 def write_shards(
@@ -52,15 +50,15 @@ def write_shards(
         os.replace(partial, path)
         paths.append(path)
         counts[path.name] = {"samples": count, "bytes": path.stat().st_size}
-    index = folder / INDEX
-    known = json.loads(index.read_text()) if index.exists() else {}
     partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps(known | counts, indent=1) + "\n")
-    os.replace(partial, index)
+    partial.write_text(json.dumps(_read_index(folder) | counts, indent=1) + "\n")
+    os.replace(partial, folder / INDEX)
     return paths
 
 
 def _members(record: Record) -> dict[str, str | bytes]:
+    assert record.key and "." not in record.key, record.key
+    assert record.captions, record.key
     meta = {**record.meta, "captions": list(record.captions)}
     return {
         "__key__": record.key,
@@ -71,14 +69,21 @@ def _members(record: Record) -> dict[str, str | bytes]:
 
 
 def expand_shards(pattern: str, key: str) -> list[Path]:
-    """Brace pattern or glob -> existing shards in order. Raises UserError naming what is missing."""
+    """Brace pattern or glob -> shards in order. Raises UserError naming what is missing."""
+    try:
+        names = webdataset.shardlists.expand_urls(pattern)
+    except ValueError as error:
+        raise UserError(f"{key}={pattern}: the braces do not fit: {error}") from None
     found: list[Path] = []
-    for name in webdataset.shardlists.expand_urls(pattern):
-        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+    for name in map(os.path.expanduser, names):
+        is_glob = glob.has_magic(name) and not os.path.exists(name)
+        matches = sorted(glob.glob(name)) if is_glob else [name]
         if not matches:
             raise UserError(f"{key}: no file matches {name}")
         found += [Path(match) for match in matches]
     missing = [path for path in found if not path.is_file()]
+    if missing and missing[0].is_dir():
+        raise UserError(f"{key}: {missing[0]} is a folder; name its shards, {missing[0]}/*.tar")
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{key}: shard {missing[0]}{more} does not exist")
@@ -86,22 +91,30 @@ def expand_shards(pattern: str, key: str) -> list[Path]:
 
 
 def count_samples(shards: list[Path], key: str) -> list[int]:
-    """Samples in each shard, from the folder's index where it fits the file, else by a scan."""
-    indexes: dict[Path, dict] = {}
+    """Samples in each shard, from the folder's index where it fits the file, else by a scan.
+
+    Raises UserError for a shard that holds none.
+    """
+    indexes: dict[Path, dict[str, Any]] = {}
     counts = []
     for path in shards:
-        index = indexes.setdefault(path.parent, _read_index(path.parent))
-        entry = index.get(path.name, {})
-        known = entry.get("bytes") == path.stat().st_size
-        counts.append(entry["samples"] if known else len(scan_shard(path, key)))
-    if sum(counts) == 0:
-        raise UserError(f"{key}: the {len(shards)} shards hold no sample")
+        if path.parent not in indexes:
+            indexes[path.parent] = _read_index(path.parent)
+        match indexes[path.parent].get(path.name):
+            case {"samples": int(count), "bytes": size} if size == path.stat().st_size:
+                counts.append(count)
+            case _:
+                counts.append(len(scan_shard(path, key)))
+        if counts[-1] < 1:
+            raise UserError(f"{key}: shard {path} holds no sample")
     return counts
 
 
-def _read_index(folder: Path) -> dict:
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        return json.loads((folder / INDEX).read_text())
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The folder's index, empty where there is none to use."""
+    with contextlib.suppress(OSError, ValueError):
+        index = json.loads((folder / INDEX).read_text())
+        return index if isinstance(index, dict) else {}
     return {}
 
 
@@ -114,7 +127,10 @@ class Entry:
 
 
 def scan_shard(path: Path, key: str = "data") -> list[Entry]:
-    """The samples of a shard in file order, by reading its headers. Raises UserError if it is no tar."""
+    """The samples of a shard in file order, by reading its headers.
+
+    Raises UserError if it is no tar, or does not end as one.
+    """
     entries: list[Entry] = []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -125,21 +141,33 @@ def scan_shard(path: Path, key: str = "data") -> list[Entry]:
                 if not entries or entries[-1].key != name:
                     entries.append(Entry(name, {}))
                 entries[-1].members[extension.lower()] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{key}: shard {path} cannot be read: {error}") from None
+            end = tar.offset
+        with path.open("rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                # For tarfile a file that stops between members or at a broken header has ended.
+                raise tarfile.ReadError(f"the end mark of a tar is missing at byte {end}")
+    except (tarfile.TarError, OSError, ValueError, LookupError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}: shard {path} is damaged or no tar: {reason}") from None
     return entries
 
 
 class ShardReader:
-    """Reads single samples of one shard; the headers are scanned at the first read."""
+    """Reads single samples of one shard, whose headers are scanned at once."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        """Raises UserError as scan_shard does."""
+        self.path, self._file = path, -1
         self._entries = scan_shard(path)
-        self._file = path.open("rb", buffering=0)
+        self._file = os.open(path, os.O_RDONLY)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    __del__ = close
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -153,22 +181,42 @@ class ShardReader:
         extension = next((e for e in IMAGE_EXTENSIONS if e in entry.members), None)
         if extension is None:
             raise BadSample("no image")
-        meta = {}
-        if "json" in entry.members:
-            with contextlib.suppress(json.JSONDecodeError):
-                meta = json.loads(self._bytes(entry, "json"))
-        captions = [c for c in meta.get("captions") or [] if isinstance(c, str) and c.strip()]
-        if not captions and "txt" in entry.members:
-            text = self._bytes(entry, "txt").decode("utf-8", errors="replace").strip()
-            captions = [text] if text else []
-        if not captions:
+        meta = self._meta(entry)
+        captions = self._captions(entry, meta)
+        meta.pop("captions", None)
+        return Record(entry.key, self._bytes(entry, extension), extension, captions, meta)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """The captions of sample i, without a look at its image. Raises BadSample for none."""
+        entry = self._entries[i]
+        return self._captions(entry, self._meta(entry))
+
+    def _meta(self, entry: Entry) -> dict[str, Any]:
+        if "json" not in entry.members:
+            return {}
+        data = self._bytes(entry, "json")
+        try:
+            meta = json.loads(data)
+        except (ValueError, RecursionError):
+            raise BadSample("its json is broken") from None
+        return meta if isinstance(meta, dict) else {}
+
+    def _captions(self, entry: Entry, meta: dict[str, Any]) -> tuple[str, ...]:
+        captions = meta.get("captions")
+        if captions is None and "txt" in entry.members:
+            captions = self._bytes(entry, "txt").decode("utf-8", errors="replace").strip()
+        listed = captions if isinstance(captions, list) else [captions]
+        usable = tuple(c for c in listed if isinstance(c, str) and c.strip())
+        if not usable:
             raise BadSample("no caption")
-        image = self._bytes(entry, extension)
-        return Record(entry.key, image, extension, tuple(captions), meta)
+        return usable
 
     def _bytes(self, entry: Entry, extension: str) -> bytes:
         offset, size = entry.members[extension]
-        data = os.pread(self._file.fileno(), size, offset)
+        try:
+            data = os.pread(self._file, size, offset)
+        except OSError as error:
+            raise BadSample(f"cannot be read: {error.strerror}") from None
         if len(data) != size:
-            raise BadSample("shard is truncated")
+            raise BadSample("its shard has become shorter")
         return data

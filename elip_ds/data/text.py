@@ -4,6 +4,7 @@ Source: ALBEF's `pre_caption` and its own BertTokenizer, which puts [CLS] first 
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ _TO_SPACE = re.compile(r"[-/]")
 
 
 def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
-    """Lower case, ALBEF's punctuation removed, runs of spaces collapsed, the first max_words words."""
+    """Lower case, ALBEF's punctuation removed, single spaces, the first max_words words."""
     text = _DELETED.sub("", text.lower())
     text = _TO_SPACE.sub(" ", text).replace("<person>", "person")
     return " ".join(text.split()[:max_words])
@@ -37,7 +38,7 @@ class Vocabulary:
     def __post_init__(self) -> None:
         for special in SPECIALS:
             if special not in self.ids:
-                raise UserError(f"data.vocabulary: the entry {special} is missing")
+                raise UserError(f"the entry {special} is missing")
 
     def __len__(self) -> int:
         return len(self.words)
@@ -54,28 +55,51 @@ class Vocabulary:
 def read_vocabulary(path: Path) -> Vocabulary:
     """path: a vocab.txt, one entry a line, as BERT's. Raises UserError when it is not there."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8") as file:  # splitlines() would split inside some entries
+            return Vocabulary(tuple(line.rstrip("\n") for line in file))
+    except (OSError, UnicodeDecodeError, UserError) as error:
         raise UserError(
-            f"data.vocabulary={path}: {getattr(error, 'strerror', None) or error}; give a WordPiece "
-            "vocab.txt, or 'auto' to learn one from the training captions"
+            f"data.vocabulary={path}: {getattr(error, 'strerror', None) or error}; give a "
+            "WordPiece vocab.txt, or 'auto' to learn one from the training captions"
         ) from None
-    return Vocabulary(tuple(lines))
 
 
 def learn_vocabulary(captions: Iterable[str], size: int) -> Vocabulary:
-    """A WordPiece vocabulary of at most size entries, the five special ones first."""
-    tokenizer = _wordpiece(models.WordPiece(unk_token="[UNK]"))
+    """A WordPiece vocabulary of at most size entries, the five special ones first.
+
+    The same captions give the same vocabulary, in any order. The trainer alone does not see to
+    that: it numbers the word-inner characters as a hash table yields them, and settles ties by
+    number. So they are handed to it in order, as if they were special.
+    """
+    normalizer, splitter = _wordpiece().normalizer, _wordpiece().pre_tokenizer
+    raw = Counter(word for caption in captions for word in clean_caption(caption).split())
+    words: Counter[str] = Counter()
+    for word, count in sorted(raw.items()):
+        for piece, _ in splitter.pre_tokenize_str(normalizer.normalize_str(word)):
+            words[piece] += count
+    frequencies: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            frequencies[character] += count
+    room = max(0, size - len(SPECIALS)) // 2  # each may be needed twice, as x and as ##x
+    alphabet = sorted(sorted(frequencies, key=lambda c: (-frequencies[c], c))[:room])
+    inner = {character for word in words for character in word[1:]}
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=list(SPECIALS), show_progress=False
+        vocab_size=size,
+        special_tokens=[*SPECIALS, *(f"##{c}" for c in alphabet if c in inner)],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer = _wordpiece()
+    tokenizer.train_from_iterator(words.elements(), trainer)
     ids = tokenizer.get_vocab()
     return Vocabulary(tuple(sorted(ids, key=lambda word: ids[word])))
 
 
-def _wordpiece(model: models.WordPiece) -> Tokenizer:
-    tokenizer = Tokenizer(model)
+def _wordpiece(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+    """BERT's uncased tokenizer; without a vocabulary, one to be trained."""
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return tokenizer
@@ -86,7 +110,7 @@ class CaptionTokenizer:
 
     def __init__(self, vocabulary: Vocabulary, length: int) -> None:
         self.length, self._special = length, vocabulary.special_ids
-        self._tokenizer = _wordpiece(models.WordPiece(vocab=vocabulary.ids, unk_token="[UNK]"))
+        self._tokenizer = _wordpiece(vocabulary.ids)
 
     def __call__(self, caption: str) -> np.ndarray:
         """One caption -> ids (L,), int64."""

@@ -2,8 +2,9 @@
 
 from elip_ds.engine.checkpoint import find_checkpoint, list_checkpoints, read_meta
 from elip_ds.engine.ds_config import json_batch, read_ds_config
-from elip_ds.engine.engine import Engine, StepRecord, read_weights
+from elip_ds.engine.engine import Engine, StepRecord
 from elip_ds.engine.schedule import due
+from elip_ds.engine.weights import load_weights, read_weights
 
 __all__ = [
     "Engine",
@@ -12,6 +13,7 @@ __all__ = [
     "find_checkpoint",
     "json_batch",
     "list_checkpoints",
+    "load_weights",
     "read_ds_config",
     "read_meta",
     "read_weights",

@@ -4,6 +4,7 @@ Owns the position of the run (step, samples seen), the learning rate, and what i
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import time
@@ -13,7 +14,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +26,8 @@ from elip_ds.engine import checkpoint as files
 from elip_ds.engine.ds_config import fill_ds_config
 from elip_ds.engine.optim import build_optimizer
 from elip_ds.engine.schedule import learning_rate
-from elip_ds.engine.sharding import gather_whole, local_tensors, shard_of
+from elip_ds.engine.weights import read_weights
+from elip_ds.engine.sharding import gather_whole, local_tensor, refresh, shard_of
 from elip_ds.errors import UserError
 from elip_ds.objectives import Progress
 from elip_ds.run import Run
@@ -79,7 +80,7 @@ class Engine:
         self._files = files.CarefulFiles()
         self._engine.checkpoint_engine = self._files
         if task.teacher is not None:
-            task.teacher.masters(local_tensors)  # in fp32 from before the first rounding step on
+            task.teacher.masters(local_tensor)  # in fp32 from before the first rounding step on
         # Weights were drawn from one seed; dropout from here on differs by rank.
         torch.manual_seed(run.seed + 1000 * (run.rank + 1))
 
@@ -102,7 +103,7 @@ class Engine:
             self.samples_seen, self.config.optim, self.config.schedule, loader.samples_per_epoch
         )
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
         clock = _Clock(seconds)
         losses: dict[str, Tensor] = {}
@@ -125,7 +126,8 @@ class Engine:
         self.samples_seen += self.plan.global_batch_size
         if applied:
             after = Progress(self.step, self.samples_seen, loader.samples_per_epoch)
-            self.task.after_step(after, local_tensors)
+            self.task.after_step(after, local_tensor)
+            self._refresh_teacher()
         else:
             self.task.drop_carries()
         clock.lap("optimizer")
@@ -178,6 +180,7 @@ class Engine:
                 partial.mkdir()
         if self._failed_anywhere(partial):
             return None
+        digests = dist.gather_objects(self._state_digest())
         self._engine.save_checkpoint(
             str(self.folder),
             tag=partial.name,
@@ -185,7 +188,7 @@ class Engine:
             save_latest=False,
             exclude_frozen_parameters=True,
         )
-        self._save_ours(partial, loader)
+        self._save_ours(partial, loader, digests)
         if self._failed_anywhere(partial):
             return None
         if self.run.first:
@@ -208,12 +211,22 @@ class Engine:
         self.run.wait()
         return bool(failures)
 
-    def _save_ours(self, partial: Path, loader: TrainLoader) -> None:
+    def _state_digest(self) -> str:
+        """Of the queues and the position, which must be equal on all ranks."""
+        digest = hashlib.blake2b(str((self.step, self.samples_seen)).encode(), digest_size=8)
+        for name, value in sorted(self.task.state().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _save_ours(self, partial: Path, loader: TrainLoader, digests: list[str]) -> None:
         weights = self._whole_weights()  # a collective under ZeRO-3
         rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
         if self.run.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.run.device)
         self._files.save(rng, str(partial / f"rng-rank{self.run.rank:05d}.pt"))
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"the ranks' queues differ: {digests}")
         if not self.run.first:
             return
         meta = {
@@ -223,6 +236,7 @@ class Engine:
             "zero_stage": self.stage,
             "precision": self.precision,
             "data": loader.state(),
+            "state_digests": digests,
             "versions": {
                 "elip_ds": elip_ds.__version__,
                 "torch": torch.__version__,
@@ -252,10 +266,9 @@ class Engine:
             put(name, parameter.data if value is None else value)
         teacher = self.task.teacher
         if teacher is not None:
-            masters = iter(teacher.masters(local_tensors))
-            for name, parameter in teacher.model.named_parameters():
-                held = [next(masters) for _ in local_tensors(parameter)]
-                put(f"teacher.{name}", gather_whole(parameter, held[0]))
+            named = teacher.model.named_parameters()
+            for (name, parameter), held in zip(named, teacher.masters(local_tensor), strict=True):
+                put(f"teacher.{name}", gather_whole(parameter, held))
         return weights
 
     @property
@@ -293,11 +306,15 @@ class Engine:
         teacher = self.task.teacher
         if teacher is None:
             return
-        masters = iter(teacher.masters(local_tensors))
-        for name, parameter in teacher.model.named_parameters():
-            for part in shard_of(parameter, weights[f"teacher.{name}"]):
-                next(masters).copy_(part)
-        teacher.write_back(local_tensors)
+        named = teacher.model.named_parameters()
+        for (name, parameter), held in zip(named, teacher.masters(local_tensor), strict=True):
+            held.copy_(shard_of(parameter, weights[f"teacher.{name}"]))
+        teacher.write_back(local_tensor)
+        self._refresh_teacher()
+
+    def _refresh_teacher(self) -> None:
+        if self.task.teacher is not None:
+            refresh(self.task.teacher.parameters())
 
     def _load_weights(self, path: Path) -> None:
         weights = read_weights(path, self.task)
@@ -306,10 +323,10 @@ class Engine:
                 if not parameter.requires_grad:
                     continue
                 value = weights[name].to(self.run.device)
-                for held, part in zip(local_tensors(parameter), shard_of(parameter, value), strict=True):
-                    held.copy_(part)
+                local_tensor(parameter).copy_(shard_of(parameter, value))
                 if self.stage or self._half:
                     safe_set_full_fp32_param(parameter, value)
+            refresh(self.task.parameters())
         self._load_teacher(weights)
 
 
@@ -323,33 +340,3 @@ class _Clock:
         now = time.perf_counter()
         self._seconds[phase] += now - self._last
         self._last = now
-
-
-def read_weights(path: Path, task: Pretrain) -> dict[str, Tensor]:
-    """The whole fp32 weights of a checkpoint, checked against a task on the CPU or sharded.
-
-    Raises UserError, naming the first difference, when they are another model's.
-    """
-    file = path / files.WEIGHTS
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    expected = {
-        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in task.named_parameters()
-    }
-    expected = {name.replace("teacher.model.", "teacher."): s for name, s in expected.items()}
-    missing, extra = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
-    wrong = [k for k in expected.keys() & weights if tuple(weights[k].shape) != expected[k]]
-    if missing or extra or wrong:
-        detail = (
-            f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, here {expected[wrong[0]]}"
-            if wrong
-            else f"missing {missing[:1]}, left over {extra[:1]}"
-        )
-        raise UserError(
-            f"{path} is a checkpoint of another model: {detail} "
-            f"({len(missing)} missing, {len(extra)} left over, {len(wrong)} of other shape)"
-        )
-    return weights

@@ -9,10 +9,12 @@ from elip_ds.config.schema import OptimConfig
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters with and without weight decay. Vectors and biases do not decay, unless
-    config.decay names them; matrices and tables do, unless config.no_decay does.
+    """Trainable parameters, grouped by weight decay and learning-rate factor ("lr_factor").
+
+    Vectors and biases do not decay, unless config.decay names them; matrices and tables do, unless
+    config.no_decay does.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -21,11 +23,17 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
             decays = True
         if any(part in name for part in config.no_decay):
             decays = False
-        groups[decays].append(parameter)
+        factor = 1.0
+        for part, value in config.multipliers.items():
+            factor = value if part in name else factor
+        groups.setdefault((decays, factor), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-        for decays, parameters in groups.items()
-        if parameters
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr_factor": factor,
+        }
+        for (decays, factor), parameters in groups.items()
     ]
 
 

@@ -1,8 +1,10 @@
 """What of a parameter lies on this rank, at any ZeRO stage.
 
 Stages 0 to 2 keep every parameter whole on every rank. Stage 3 keeps a shard of each (`ds_tensor`, the
-last one padded) and, for parameters below the persistence threshold, the whole data as well.
+last one padded) and, of parameters below the persistence threshold, a whole copy made from the shards.
 """
+
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -13,12 +15,17 @@ def is_sharded(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
-def local_tensors(parameter: nn.Parameter) -> list[Tensor]:
-    """The tensors that hold the parameter here; an elementwise update must touch all of them."""
-    if not is_sharded(parameter):
-        return [parameter.data]
-    shard = parameter.ds_tensor.data
-    return [shard, parameter.data] if getattr(parameter, "ds_persist", False) else [shard]
+def local_tensor(parameter: nn.Parameter) -> Tensor:
+    """The tensor that holds the parameter here; refresh() after writing to a sharded one."""
+    return parameter.ds_tensor.data if is_sharded(parameter) else parameter.data
+
+
+def refresh(parameters: Iterable[nn.Parameter]) -> None:
+    """Gather the small parameters that stay whole anew from their shards. A collective at stage 3."""
+    persistent = [p for p in parameters if is_sharded(p) and getattr(p, "ds_persist", False)]
+    if persistent:
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)
 
 
 def gather_whole(parameter: nn.Parameter, held: Tensor) -> Tensor:
@@ -32,12 +39,11 @@ def gather_whole(parameter: nn.Parameter, held: Tensor) -> Tensor:
     return flat[: parameter.ds_numel].view(parameter.ds_shape)
 
 
-def shard_of(parameter: nn.Parameter, whole: Tensor) -> list[Tensor]:
-    """The inverse of gather_whole, one tensor for each of local_tensors."""
+def shard_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """The inverse of gather_whole: this rank's part of the whole."""
     if not is_sharded(parameter):
-        return [whole]
+        return whole
     size = parameter.ds_tensor.numel()
     padded = whole.new_zeros(size * dist.world_size())
     padded[: whole.numel()] = whole.flatten()
-    shard = padded[dist.rank() * size : (dist.rank() + 1) * size]
-    return [shard, whole] if len(local_tensors(parameter)) == 2 else [shard]
+    return padded[dist.rank() * size : (dist.rank() + 1) * size]

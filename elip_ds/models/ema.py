@@ -4,14 +4,13 @@ Source: ALBEF section 3.2 (theta_m <- m theta_m + (1 - m) theta once per optimiz
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-# From a parameter to the tensors that hold it here: its whole data, or under ZeRO-3 this rank's shard
-# and, for the small parameters that stay gathered, the whole data as well.
-LocalTensors = Callable[[nn.Parameter], list[Tensor]]
+# From a parameter to the tensor that this rank holds of it: all of it, or under ZeRO-3 its shard.
+LocalTensor = Callable[[nn.Parameter], Tensor]
 
 
 class MomentumTwin(nn.Module):
@@ -19,7 +18,7 @@ class MomentumTwin(nn.Module):
 
     It lives inside the trained module, so that ZeRO-3 shards and gathers it like the rest; update()
     moves only what this rank holds. In half precision the increments, (1 - m) of a difference, vanish
-    in rounding, so the averages are kept in fp32 beside the copy that computes.
+    in rounding, so the averages are then kept in fp32 beside the copy that computes.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -27,30 +26,25 @@ class MomentumTwin(nn.Module):
         self.model = copy.deepcopy(student).requires_grad_(False)
         self._masters: list[Tensor] | None = None
 
-    def _pairs(self, student: nn.Module, local: LocalTensors) -> Iterable[tuple[Tensor, Tensor]]:
-        for mine, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
-            yield from zip(local(mine), local(theirs), strict=True)
-
-    def masters(self, local: LocalTensors) -> list[Tensor]:
+    def masters(self, local: LocalTensor) -> list[Tensor]:
         """The fp32 averages of what this rank holds, in parameter order."""
+        held = [local(parameter) for parameter in self.model.parameters()]
+        if all(tensor.dtype == torch.float32 for tensor in held):
+            return held
         if self._masters is None:
-            held = [t for p in self.model.parameters() for t in local(p)]
-            self._masters = [t if t.dtype == torch.float32 else t.float() for t in held]
+            self._masters = [tensor.float() for tensor in held]
         return self._masters
 
     @torch.no_grad()
-    def update(self, student: nn.Module, momentum: float, local: LocalTensors) -> None:
+    def update(self, student: nn.Module, momentum: float, local: LocalTensor) -> None:
         """One step towards the student's present weights, as its forward uses them."""
-        masters = self.masters(local)
-        pairs = list(self._pairs(student, local))
-        theirs = [s.to(torch.float32) for _, s in pairs]
-        torch._foreach_lerp_(masters, theirs, 1 - momentum)
+        theirs = [local(parameter).to(torch.float32) for parameter in student.parameters()]
+        torch._foreach_lerp_(self.masters(local), theirs, 1 - momentum)
         self.write_back(local)
 
     @torch.no_grad()
-    def write_back(self, local: LocalTensors) -> None:
+    def write_back(self, local: LocalTensor) -> None:
         """Round the fp32 averages into the copy that computes, where the two are not one."""
-        held = [t for p in self.model.parameters() for t in local(p)]
-        for tensor, master in zip(held, self.masters(local), strict=True):
-            if tensor.data_ptr() != master.data_ptr():
-                tensor.copy_(master)
+        for parameter, master in zip(self.model.parameters(), self.masters(local), strict=True):
+            if local(parameter) is not master and local(parameter).dtype != torch.float32:
+                local(parameter).copy_(master)

@@ -1,9 +1,9 @@
 """The contract between a task and its objectives, and the passes that they share.
 
-An objective is a module that owns its heads and its state. It asks the StepContext for forward passes
-by name; two objectives that ask for the same pass share one execution. It returns unweighted losses
-and, as carry, what its state will take in once the optimizer has stepped. forward changes nothing;
-after_step does, once per optimizer step, and not at all when that step was skipped.
+An objective is a module that owns its heads and its state. It asks the StepContext for forward
+passes by name; two objectives that ask for the same pass share one execution. It returns unweighted
+losses and, as carry, what its state will take in once the optimizer has stepped. forward changes
+nothing; after_step does, once per optimizer step, and not at all when that step was skipped.
 
 Which passes run may depend on step and configuration, never on data or rank: the ranks' collectives
 would no longer match.
@@ -12,7 +12,7 @@ B batch, L text tokens, D width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,6 +29,21 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class Setup:
+    """What an objective may build its parts from.
+
+    width: of the fused text states.  embed_dim: of the joint space.  vocab_size: words that exist.
+    special_ids: of [PAD], [CLS], [MASK], ...
+    """
+
+    width: int
+    embed_dim: int
+    vocab_size: int
+    special_ids: dict[str, int]
+    seed: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where training is. step: optimizer steps done.  samples_seen: before this global batch."""
 
@@ -41,15 +56,15 @@ class Progress:
         return self.samples_seen / self.samples_per_epoch
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """values: fp32 scalars by name, means over local rows, unweighted; averaged over ranks they are
     the loss of the global batch.  logs: scalars worth seeing.  carry: for after_step.
+    (A named tuple, because ZeRO-3's hooks look for tensors in tuples, not in dataclasses.)
     """
 
     values: dict[str, Tensor]
-    logs: dict[str, Tensor] = field(default_factory=dict)
-    carry: dict[str, Tensor] = field(default_factory=dict)
+    logs: dict[str, Tensor]
+    carry: dict[str, Tensor]
 
 
 class Pass(NamedTuple):
@@ -85,8 +100,8 @@ class StepContext:
         self._models, self._seed, self._prune_teacher = models, seed, prune_teacher
 
     def run(self, spec: Pass) -> Any:
-        """The result of a pass, computed on first use: TextFeatures, ImageFeatures, or for fusion the
-        text states (B, L, D). The teacher's passes carry no gradient.
+        """The result of a pass, computed on first use: TextFeatures, ImageFeatures, or for fusion
+        the text states (B, L, D). The teacher's passes carry no gradient.
         """
         if spec not in self.passes:
             with torch.set_grad_enabled(torch.is_grad_enabled() and spec.who == "student"):
@@ -143,23 +158,8 @@ def _wrap(x: int) -> int:
     return (x + 2**63) % 2**64 - 2**63
 
 
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What an objective may build its parts from. width: of the fused text states.  embed_dim: of the
-    joint space.  vocab_size: words that exist.  special_ids: of [PAD], [CLS], [MASK], ...
-    """
-
-    width: int
-    embed_dim: int
-    vocab_size: int
-    special_ids: dict[str, int]
-    seed: int
-
-
 class Objective(nn.Module):
-    """Base class. A subclass names its Config and what it asks for; the build checks that all is met."""
+    """Base class. A subclass names its Config and what it asks for; the build checks all is met."""
 
     Config: ClassVar[Any] = ObjectiveConfig
     inputs: ClassVar[frozenset[str]] = frozenset({"images", "input_ids", "attention_mask"})
@@ -183,10 +183,10 @@ class Objective(nn.Module):
         return self.config.weight
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
-        """Take in the carries of a whole global batch, one per micro-batch, after the optimizer step."""
+        """Take in the carries of a global batch, one per micro-batch, after the optimizer step."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside the parameters: equal on all ranks, free of the world size."""
+        """What a checkpoint keeps beside the parameters: equal on all ranks, however many."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:

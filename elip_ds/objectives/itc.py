@@ -10,14 +10,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elip_ds import dist
-from elip_ds.config import check_duration, duration_in_samples
+from elip_ds.config import check_duration
 from elip_ds.errors import UserError
-from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, Progress, Setup, StepContext
+from elip_ds.objectives.base import (
+    Loss,
+    Objective,
+    ObjectiveConfig,
+    Pass,
+    Progress,
+    Setup,
+    StepContext,
+)
 from elip_ds.objectives.ring import Ring
+from elip_ds.objectives.soft_targets import ramp, soft_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -39,28 +47,11 @@ class ITCConfig(ObjectiveConfig):
             raise UserError(f"objectives.itc.alpha={self.alpha}: 0..1")
 
 
-def ramp(alpha: float, over: str, progress: Progress) -> float:
-    """alpha, grown linearly from 0 over a duration ('1 epoch')."""
-    length = duration_in_samples(over, progress.samples_per_epoch)
-    return alpha * min(1.0, progress.samples_seen / length) if length else alpha
-
-
-def soft_contrast(logits: Tensor, teacher_logits: Tensor, own: Tensor, alpha: float) -> Tensor:
-    """Mean cross-entropy with targets alpha * softmax(teacher) + (1 - alpha) * one-hot(own).
-
-    logits, teacher_logits: (B, K), fp32.  own: (B,) the column of each row's partner.
-    """
-    log_p = F.log_softmax(logits, dim=1)
-    hard = F.nll_loss(log_p, own)
-    soft = -(teacher_logits.detach().softmax(dim=1) * log_p).sum(dim=1).mean()
-    return (1 - alpha) * hard + alpha * soft
-
-
 class ITC(Objective):
     """Gives sim_i2t and sim_t2i, (B, B): local similarities over temperature, for hard negatives.
 
-    # differs from ALBEF: candidates come from all ranks by default, so that the loss does not depend
-    # on how a batch is split; the queue takes in a global batch once, after the optimizer step.
+    # differs from ALBEF: candidates come from all ranks by default, so that the loss does not
+    # depend on how a batch is split; the queue takes in a global batch after the optimizer step.
     Negatives of the current step stay inside one micro-batch of each rank.
     """
 
@@ -88,15 +79,13 @@ class ITC(Objective):
             teacher_i2t = self._logits(teacher_image, text_keys, self.text_queue) / temperature
             teacher_t2i = self._logits(teacher_text, image_keys, self.image_queue) / temperature
         alpha = ramp(self.config.alpha, self.config.alpha_ramp, context.progress)
-        loss = 0.5 * (
-            soft_contrast(i2t, teacher_i2t, own, alpha)
-            + soft_contrast(t2i, teacher_t2i, own, alpha)
-        )
+        image_loss = soft_cross_entropy(i2t, own, teacher_i2t, alpha).mean()
+        text_loss = soft_cross_entropy(t2i, own, teacher_t2i, alpha).mean()
         local = slice(start, start + len(image))
         context.given |= {"sim_i2t": i2t[:, local].detach(), "sim_t2i": t2i[:, local].detach()}
         hits = (i2t[:, : len(text_keys)].argmax(dim=1) == own).float().mean()
         return Loss(
-            values={"itc": loss},
+            values={"itc": 0.5 * (image_loss + text_loss)},
             logs={"itc_in_batch_recall": hits, "temperature": temperature.detach().squeeze()},
             carry={"image": image_keys, "text": text_keys},
         )

@@ -17,22 +17,23 @@ from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, Setu
 def draw_negatives(similarity: Tensor, noise: Tensor) -> Tensor:
     """For each row one other column, drawn with the softmax of its similarity as weight.
 
-    similarity: (B, B), fp32, B >= 2.  noise: (B,) uniform in [0, 1).  Returns (B,), never the row's own.
-    Source: ALBEF. Differs: 1e-4 is added to the weights, as BLIP does, because a softmax that has all
-    its mass on the pair itself leaves nothing to draw from.
+    similarity: (B, B), fp32, B >= 2.  noise: (B,) uniform in [0, 1).
+    Returns (B,), never the row's own.
+    Source: ALBEF. Differs: 1e-4 is added to the weights, as BLIP does, because a softmax that has
+    all its mass on the pair itself leaves nothing to draw from.
     """
     own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     weights = (similarity.softmax(dim=1) + 1e-4).masked_fill(own, 0.0)
     cumulated = weights.cumsum(dim=1)
     below = cumulated <= noise.unsqueeze(1) * cumulated[:, -1:]
     drawn = below.sum(dim=1).clamp(max=len(similarity) - 1)
-    # Rounding at the upper end may point at the last column where that is the row's own.
+    # A sum made in parallel may round so that a column of weight 0 is drawn after all.
     rows = torch.arange(len(similarity), device=similarity.device)
     return torch.where(drawn == rows, (rows - 1) % len(similarity), drawn)
 
 
 class ITM(Objective):
-    """Negatives are drawn from this rank's micro-batch, so the loss depends on how a batch is split."""
+    """Negatives come from this rank's micro-batch: the loss depends on how a batch is split."""
 
     Config = ObjectiveConfig
     needs: ClassVar = frozenset({"sim_i2t", "sim_t2i"})
@@ -61,5 +62,7 @@ class ITM(Objective):
         labels[: len(image)] = 1
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return Loss(
-            values={"itm": F.cross_entropy(logits, labels)}, logs={"itm_accuracy": accuracy}
+            values={"itm": F.cross_entropy(logits, labels)},
+            logs={"itm_accuracy": accuracy},
+            carry={},
         )

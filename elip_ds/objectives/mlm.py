@@ -1,6 +1,6 @@
 """MLM: guess masked words from the rest of the caption and the image, helped by the momentum twin.
 
-Source: ALBEF (Li et al. 2021) section 3.2 and its released code; masking: BERT (Devlin et al. 2019).
+Source: ALBEF (Li et al. 2021) section 3.2 and its released code; masking: BERT (Devlin et al.).
 
 B local batch, L text tokens, V vocabulary, S selected positions of the batch.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 from elip_ds import dist
 from elip_ds.config import check_duration
 from elip_ds.errors import UserError
-from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, Setup, StepContext
-from elip_ds.objectives.itc import ramp
+from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, StepContext
+from elip_ds.objectives.soft_targets import ramp, soft_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def mask_words(
 
 
 class MLM(Objective):
-    """The mean is over the selected words of all ranks, so that it does not depend on the split over
-    ranks; over accumulation steps it is a mean of means.
+    """The mean is over the selected words of all ranks, so that it does not depend on the split
+    over ranks; over accumulation steps it is a mean of means.
 
     # differs from ALBEF, where each rank divides by its own count.
     """
@@ -71,7 +71,6 @@ class MLM(Objective):
     def forward(self, context: StepContext) -> Loss:
         input_ids, attention_mask = context.texts["clean"]
         noise = context.noise("mlm", 3 * input_ids.shape[1])
-        model = context.model()
         masked, selected = mask_words(
             input_ids,
             noise,
@@ -81,16 +80,19 @@ class MLM(Objective):
         )
         context.texts["masked"] = (masked, attention_mask)
         labels = input_ids[selected]  # (S,)
-        logits = model.decode(context.run(Pass("fusion", text="masked"))[selected]).float()
-        log_p = F.log_softmax(logits, dim=-1)  # (S, V)
-        total = F.nll_loss(log_p, labels, reduction="sum")
-        alpha = ramp(self.config.alpha, self.config.alpha_ramp, context.progress)
+        fused = context.run(Pass("fusion", text="masked"))[selected]
+        logits = context.model().decode(fused).float()  # (S, V)
         if self.config.alpha > 0:
             with torch.no_grad():
                 fused = context.run(Pass("fusion", "teacher", "masked"))[selected]
-                target = context.model("teacher").decode(fused).float().softmax(dim=-1)
-            total = (1 - alpha) * total - alpha * (target * log_p).sum()
-        count = dist.sum_over_ranks(selected.sum()) / dist.world_size()
-        hits = (logits.argmax(dim=-1) == labels).float().sum()
-        count = count.clamp(min=1)
-        return Loss(values={"mlm": total / count}, logs={"mlm_accuracy": hits / count})
+                teacher_logits = context.model("teacher").decode(fused).float()
+            alpha = ramp(self.config.alpha, self.config.alpha_ramp, context.progress)
+            losses = soft_cross_entropy(logits, labels, teacher_logits, alpha)
+        else:
+            losses = F.cross_entropy(logits, labels, reduction="none")
+        # The mean number of words a rank, so that the mean over ranks is the mean over words.
+        count = dist.sum_over_ranks(selected.sum()).clamp(min=1) / dist.world_size()
+        hits = (logits.argmax(dim=1) == labels).float().sum()
+        return Loss(
+            values={"mlm": losses.sum() / count}, logs={"mlm_accuracy": hits / count}, carry={}
+        )

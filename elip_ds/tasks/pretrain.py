@@ -4,8 +4,7 @@ B batch, E joint space.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +13,20 @@ from elip_ds import dist, registry
 from elip_ds.config import Config
 from elip_ds.data import Batch, Vocabulary
 from elip_ds.errors import UserError
-from elip_ds.models import LocalTensors, MomentumTwin
-from elip_ds.objectives import Objective, Pass, Progress, StepContext
-from elip_ds.objectives.base import Setup
+from elip_ds.models import LocalTensor, MomentumTwin
+from elip_ds.objectives import Objective, Pass, Progress, Setup, StepContext
 from elip_ds.scores import retrieval_recall
 
 
 class Pairs(Protocol):
-    """Held-out pairs, dealt to the ranks in turn and filled up at the end; len() counts the pairs."""
+    """Held-out pairs, dealt to the ranks in turn and filled up at the end; len() is the pairs'."""
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Any: ...
 
 
-@dataclass(frozen=True)
-class StepLoss:
+class StepLoss(NamedTuple):
     """total: weighted sum, to go backward.  values, logs: detached scalars by name.
     kept_tokens: sequence length after each pruning stage.
     """
@@ -53,8 +50,9 @@ class Pretrain(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.objectives = nn.ModuleDict(objectives)
+        # Any, because to a type checker every attribute of an nn.Module may be a tensor.
+        self.model: Any = model
+        self.objectives: Any = nn.ModuleDict(objectives)
         taught = any("teacher" in objective.needs for objective in objectives.values())
         self.teacher = MomentumTwin(model) if taught else None
         self._momentum, self._prune_teacher, self._seed = teacher_momentum, prune_teacher, seed
@@ -91,8 +89,8 @@ class Pretrain(nn.Module):
         for carries in self._carries.values():
             carries.clear()
 
-    def after_step(self, progress: Progress, local: LocalTensors) -> None:
-        """Once per optimizer step that was applied: the momentum twin, then the objectives' state."""
+    def after_step(self, progress: Progress, local: LocalTensor) -> None:
+        """Once per optimizer step that was applied: the twin moves, then the objectives' state."""
         if self.teacher is not None:
             self.teacher.update(self.model, self._momentum, local)
         for name, objective in self.objectives.items():
@@ -108,10 +106,20 @@ class Pretrain(nn.Module):
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of state. Raises UserError, naming a difference, unless it is this task's."""
+        here = {key: tuple(value.shape) for key, value in self.state().items()}
+        saved = {key: tuple(value.shape) for key, value in state.items()}
+        for key in sorted(here.keys() | saved):
+            if here.get(key) != saved.get(key):
+                raise UserError(
+                    f"the saved state of the objectives does not fit: {key} is "
+                    f"{saved.get(key, 'missing')}, here {here.get(key, 'unknown')}"
+                )
         for name, objective in self.objectives.items():
-            mine = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(name)}
-            if mine:
-                objective.load_state(mine)
+            start = f"{name}."
+            objective.load_state(
+                {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+            )
 
     @torch.no_grad()
     def evaluate(self, pairs: Pairs, device: torch.device) -> dict[str, float]:
@@ -141,6 +149,14 @@ def _in_order(rows: Tensor, count: int) -> Tensor:
     """This rank's rows, every world_size-th -> all rows in order, fill-up rows dropped."""
     gathered = dist.gather_rows(rows).unflatten(0, (dist.world_size(), -1))
     return gathered.transpose(0, 1).flatten(0, 1)[:count]
+
+
+def min_micro_batch(config: Config) -> int:
+    """The fewest samples per rank and pass that give every objective of a config its loss."""
+    return max(
+        registry.resolve(registry.OBJECTIVES, name, "objectives").min_micro_batch
+        for name in config.objectives
+    )
 
 
 def build_pretrain(config: Config, vocabulary: Vocabulary) -> Pretrain:

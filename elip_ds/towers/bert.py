@@ -18,6 +18,7 @@ from elip_ds.towers.layers import (
     CrossAttention,
     SelfAttention,
     init_linear_and_norm,
+    init_std,
     recomputed,
 )
 
@@ -61,7 +62,7 @@ class BERT(nn.Module):
             for i in range(config.depth)
         )
         self.mlm_head = MLMHead(config)
-        init_linear_and_norm(self, std=0.02, truncated=False)
+        init_linear_and_norm(self, std=init_std(config.width), truncated=False)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The text half: input_ids, attention_mask (B, L) -> (B, L, D)."""

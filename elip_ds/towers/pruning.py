@@ -11,7 +11,7 @@ B batch, N patches of the image, L tokens of the sequence (class token included)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ class LookaheadBlock(Protocol):
         """(B, L, D) -> (B, L), head mean of the class token's attention row, fp32."""
 
 
-@dataclass(frozen=True)
-class KeepIndex:
+class KeepIndex(NamedTuple):
     """What pruning did to one batch of images, whatever the number of stages.
 
     origin: (B, L) patch 0..N-1 of each token; -1 the class token; -(2 + s) the token merged at stage s.
@@ -38,6 +37,7 @@ class KeepIndex:
     share: (B, N) weight with which the patch entered its owner; 1 if it was kept.
     lengths: tokens after each stage, class and merged token included; one entry a stage that ran.
     A merged token is an ordinary token later: it may survive, or be merged again.
+    (A named tuple, because ZeRO-3's hooks look for tensors in tuples, not in dataclasses.)
     """
 
     origin: Tensor

@@ -7,6 +7,7 @@ B batch, N patches, L tokens that remain, D width.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from elip_ds.config import PruningConfig
 from elip_ds.errors import UserError
 from elip_ds.towers import pruning as elip
-from elip_ds.towers.layers import ViTBlock, init_linear_and_norm, recomputed
+from elip_ds.towers.layers import ViTBlock, init_linear_and_norm, init_std, recomputed
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ViT(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, eps=eps)
-        init_linear_and_norm(self, std=0.02, truncated=True)
+        init_linear_and_norm(self, std=init_std(width), truncated=True)
 
     def forward(
         self, images: Tensor, text_class: Tensor | None = None
@@ -74,7 +75,7 @@ class ViT(nn.Module):
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
         x = torch.cat([self.cls_token().expand(len(patches), -1, -1), patches], dim=1)
         x = x + self.pos_embed()
-        index = elip.full_index(*patches.shape[:2], device=x.device)
+        index = elip.full_index(len(patches), patches.shape[1], x.device)
         stages = {s.layer: (i, s) for i, s in enumerate(self.pruning.stages)}
         for layer, block in enumerate(self.blocks):
             if text_class is not None and layer in stages:
@@ -92,7 +93,7 @@ class ViT(nn.Module):
         num_keep = min(elip.keep_count(stage.keep_ratio, self.config.num_patches), candidates)
         if num_keep == candidates and self.pruning.empty_stage == "skip":
             return x, index
-        blocks = list(self.blocks[stage.layer : stage.layer + stage.lookahead])
+        blocks = cast(list[ViTBlock], self.blocks[stage.layer : stage.layer + stage.lookahead])
         scores = elip.lookahead_scores(x, text_class, blocks, self.pruning.text_weight)
         pruned = elip.prune_tokens(x, scores, num_keep, self.pruning.eps)
         return pruned.tokens, elip.follow(index, pruned, number)

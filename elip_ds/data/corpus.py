@@ -1,0 +1,84 @@
+"""What a run reads: the shards that its configuration names, counted, and its vocabulary."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from elip_ds.config.schema import DataConfig
+from elip_ds.data.builtin import builtin_shards
+from elip_ds.data.order import SourceSize
+from elip_ds.data.record import BadSample
+from elip_ds.data.shards import ShardReader, count_samples, expand_shards
+from elip_ds.data.text import Vocabulary, learn_vocabulary, read_vocabulary
+from elip_ds.errors import UserError
+from elip_ds.run import Run
+
+
+@dataclass(frozen=True)
+class Source:
+    """name: as the config has it.  shards, counts: tar files and the samples in each."""
+
+    name: str
+    shards: tuple[Path, ...]
+    counts: tuple[int, ...]
+    weight: float = 1.0
+
+    @property
+    def size(self) -> SourceSize:
+        return SourceSize(self.counts, self.weight)
+
+
+def open_sources(config: DataConfig, run: Run) -> dict[str, list[Source]]:
+    """The sources of both splits, counted. Raises UserError for a missing or empty one."""
+    if any(entry.shards == "builtin" for entry in [*config.train, *config.val]):
+        builtin = builtin_shards(config.builtin, run)
+    splits: dict[str, list[Source]] = {}
+    for split, entries in (("train", config.train), ("val", config.val)):
+        splits[split] = []
+        for i, entry in enumerate(entries):
+            key = f"data.{split}" if len(entries) == 1 else f"data.{split}[{i}]"
+            is_builtin = entry.shards == "builtin"
+            shards = builtin[split] if is_builtin else expand_shards(entry.shards, key)
+            counts = count_samples(shards, key)
+            source = Source(entry.shards, tuple(shards), tuple(counts), entry.weight)
+            splits[split].append(source)
+    return splits
+
+
+def build_vocabulary(
+    config: DataConfig, sources: dict[str, list[Source]], run: Run, size: int
+) -> Vocabulary:
+    """The file that the config names, or one learned from the training captions; kept with the run.
+
+    Raises UserError when it has more than size entries, or is not the one that the run began with.
+    """
+    kept = run.dir / "vocab.txt"
+    given = None if config.vocabulary == "auto" else read_vocabulary(Path(config.vocabulary))
+    if given and len(given) > size:
+        raise UserError(
+            f"data.vocabulary={config.vocabulary} has {len(given)} entries, model.text.vocab_size="
+            f"{size}; set model.text.vocab_size={len(given)}"
+        )
+    if run.first and not kept.exists():
+        words = (given or learn_vocabulary(_captions(sources["train"]), size)).words
+        run.write_text(kept, "\n".join(words) + "\n")
+    run.wait()
+    vocabulary = read_vocabulary(kept)
+    if given and given != vocabulary:
+        raise UserError(
+            f"data.vocabulary={config.vocabulary} is not {kept}, with which this run began; choose "
+            "another run.name"
+        )
+    return vocabulary
+
+
+def _captions(sources: Sequence[Source]) -> Iterator[str]:
+    for source in sources:
+        for path in source.shards:
+            reader = ShardReader(path)
+            for i in range(len(reader)):
+                try:
+                    yield from reader.captions(i)
+                except BadSample:  # the loader names it
+                    continue
+            reader.close()

@@ -1,0 +1,100 @@
+"""One tiny config and batch for all tests. The functions are for tests in other processes."""
+
+import pytest
+import torch
+
+from elip_ds.config import Config, load_config
+from elip_ds.data import Batch, Vocabulary
+from elip_ds.tasks import Pretrain, build_pretrain
+
+torch.set_num_threads(1)
+
+pytest_plugins = ["end_to_end.jobs"]  # start(): real runs of train.py
+
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def tiny_words(*changes: str) -> list[str]:
+    """Words that shrink the demo preset to something that steps in milliseconds.
+
+    changes: further words; each takes the place of those that it contradicts.
+    """
+    words = [
+        "data.text_length=12",
+        "data.workers=0",
+        "data.builtin.train=64",
+        "data.builtin.val=16",
+        "data.builtin.image_size=48",
+        "model.vision.image_size=32",
+        "model.vision.patch_size=8",
+        "model.vision.width=32",
+        "model.vision.depth=3",
+        "model.vision.heads=2",
+        "model.text.vocab_size=64",
+        "model.text.width=32",
+        "model.text.depth=2",
+        "model.text.fusion_layer=1",
+        "model.text.heads=2",
+        "model.text.max_positions=16",
+        "model.text.dropout=0.0",
+        "model.embed_dim=16",
+        "pruning.stages=[{layer: 1, lookahead: 1, keep_ratio: 0.5}, "
+        "{layer: 2, lookahead: 1, keep_ratio: 0.25}]",
+        "objectives.itc.queue_size=32",
+        "optim.lr=1e-3",
+        "schedule.length=64 samples",
+        "schedule.warmup=0 samples",
+        "batching.global_batch_size=8",
+        "metrics.every=8 samples",
+        "metrics.port=null",
+    ]
+    keys = [change.partition("=")[0] for change in changes]
+
+    def contradicted(word: str) -> bool:
+        mine = word.partition("=")[0]
+        return any(f"{mine}.".startswith(f"{k}.") or f"{k}.".startswith(f"{mine}.") for k in keys)
+
+    return [*(word for word in words if not contradicted(word)), *changes]
+
+
+def tiny_vocabulary() -> Vocabulary:
+    return Vocabulary((*SPECIALS, *(f"word{i}" for i in range(64 - len(SPECIALS)))))
+
+
+def random_batch(size: int, seed: int = 0) -> Batch:
+    """As the loader hands it over after to(cpu, fp32): captions of 2 to 12 tokens, padded."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator}
+    lengths = torch.randint(2, 13, (size, 1), **draw)
+    input_ids = torch.randint(len(SPECIALS), 64, (size, 12), **draw)
+    input_ids[:, 0] = SPECIALS.index("[CLS]")
+    attention_mask = (torch.arange(12) < lengths).long()
+    batch = Batch(
+        images=torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, **draw),
+        input_ids=input_ids * attention_mask,  # [PAD] is 0
+        attention_mask=attention_mask,
+        sample_key=torch.randint(-(2**62), 2**62, (size,), **draw),
+        keys=tuple(f"sample{i}" for i in range(size)),
+    )
+    return batch.to(torch.device("cpu"), torch.float32)
+
+
+def tiny_task(*words: str) -> Pretrain:
+    """The task of the tiny config changed by words, with the same weights at every call."""
+    torch.manual_seed(0)
+    return build_pretrain(load_config(tiny_words(*words)), tiny_vocabulary())
+
+
+@pytest.fixture
+def tiny_config() -> Config:
+    return load_config(tiny_words())
+
+
+@pytest.fixture
+def vocabulary() -> Vocabulary:
+    return tiny_vocabulary()
+
+
+@pytest.fixture
+def tiny_batch() -> Batch:
+    return random_batch(8)

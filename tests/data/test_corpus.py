@@ -1,0 +1,111 @@
+"""Sources found and counted; the vocabulary given or learned, and kept with the run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_shards import VOCABULARY, data_config, make_run, record, write_tar
+
+from elip_ds.config.schema import BuiltinConfig, DataConfig, ShardSource
+from elip_ds.data import Vocabulary, build_vocabulary, open_sources, read_vocabulary, write_shards
+from elip_ds.data.builtin import builtin_shards
+from elip_ds.data.sources.synthetic import MIN_IMAGE_SIZE
+from elip_ds.errors import UserError
+from elip_ds.run import Run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    write_shards(map(record, range(9)), tmp_path, "train", per_shard=5)
+    return data_config(tmp_path / "train-{000000..000001}.tar", tmp_path / "train-000000.tar")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return make_run(tmp_path / "run")
+
+
+def test_sources_are_found_and_counted(config: DataConfig, run: Run, tmp_path: Path) -> None:
+    sources = open_sources(config, run)
+    (train,), (val,) = sources["train"], sources["val"]
+    assert train.shards == (tmp_path / "train-000000.tar", tmp_path / "train-000001.tar")
+    assert (train.counts, train.size.samples, train.size.per_epoch) == ((5, 4), 9, 9)
+    assert (val.counts, val.name) == ((5,), f"{tmp_path}/train-000000.tar")
+
+
+def test_no_held_out_source_is_none(config: DataConfig, run: Run) -> None:
+    assert open_sources(replace(config, val=[]), run)["val"] == []
+
+
+def test_an_error_names_the_source(config: DataConfig, run: Run, tmp_path: Path) -> None:
+    two = [*config.train, ShardSource(f"{tmp_path}/x-*.tar", 2.0)]
+    with pytest.raises(UserError, match=r"^data.train\[1\]: no file matches .*/x-\*.tar$"):
+        open_sources(replace(config, train=two), run)
+    with pytest.raises(UserError, match="^data.val: no file matches"):
+        open_sources(replace(config, val=two[1:]), run)
+
+
+def test_the_built_in_scenes_are_written_once(tmp_path: Path, run: Run) -> None:
+    builtin = BuiltinConfig(dir=str(tmp_path / "[scenes]"), train=3, val=2, image_size=48)
+    shards = builtin_shards(builtin, run)
+    assert {split: len(paths) for split, paths in shards.items()} == {"train": 1, "val": 1}
+    times = [path.stat().st_mtime_ns for paths in shards.values() for path in paths]
+    again = builtin_shards(builtin, run)
+    assert [path.stat().st_mtime_ns for paths in again.values() for path in paths] == times
+    other = builtin_shards(replace(builtin, train=4), run)
+    assert other["train"] != shards["train"]
+    names = [path.name for path in (tmp_path / "[scenes]").iterdir()]
+    assert sorted(names) == ["48px-3-2", "48px-4-2"]
+
+
+def test_the_configuration_knows_the_smallest_scene() -> None:
+    BuiltinConfig(image_size=MIN_IMAGE_SIZE)
+    with pytest.raises(UserError, match=f"{MIN_IMAGE_SIZE} or more"):
+        BuiltinConfig(image_size=MIN_IMAGE_SIZE - 1)
+
+
+def test_a_vocabulary_is_learned_from_the_captions_and_kept(config: DataConfig, run: Run) -> None:
+    vocabulary = build_vocabulary(config, open_sources(config, run), run, 100)
+    assert {"number", "picture"} <= vocabulary.ids.keys()
+    kept = run.dir / "vocab.txt"
+    assert read_vocabulary(kept) == vocabulary
+    time = kept.stat().st_mtime_ns
+    assert build_vocabulary(config, open_sources(config, run), run, 100) == vocabulary
+    assert kept.stat().st_mtime_ns == time
+
+
+def test_captions_count_even_if_their_image_is_missing(tmp_path: Path, run: Run) -> None:
+    shard = write_tar(tmp_path / "x.tar", [("a.txt", b"zebra " * 9), ("b.cls", b"1")])
+    config = data_config(shard, shard)
+    assert "zebra" in build_vocabulary(config, open_sources(config, run), run, 100).ids
+
+
+def test_a_given_vocabulary_is_kept_with_the_run(
+    config: DataConfig, run: Run, tmp_path: Path
+) -> None:
+    given = tmp_path / "vocab.txt"
+    given.write_text("\n".join(VOCABULARY.words))
+    config = replace(config, vocabulary=str(given))
+    assert build_vocabulary(config, {}, run, 17) == VOCABULARY
+    assert read_vocabulary(run.dir / "vocab.txt") == VOCABULARY
+
+    given.write_text("\n".join([*VOCABULARY.words[:-1], "ten"]))
+    with pytest.raises(UserError, match=rf"^data.vocabulary={given} is not {run.dir}/vocab.txt"):
+        build_vocabulary(config, {}, run, 17)
+
+
+def test_a_given_vocabulary_must_fit_the_model(
+    config: DataConfig, run: Run, tmp_path: Path
+) -> None:
+    given = tmp_path / "vocab.txt"
+    given.write_text("\n".join(VOCABULARY.words))
+    config = replace(config, vocabulary=str(given))
+    with pytest.raises(UserError, match="has 17 entries, .*; set model.text.vocab_size=17$"):
+        build_vocabulary(config, {}, run, 16)
+    assert not (run.dir / "vocab.txt").exists()
+
+
+def test_the_vocabulary_of_another_rank_is_read(config: DataConfig, tmp_path: Path) -> None:
+    first, second = (make_run(tmp_path / "run", rank, 2) for rank in (0, 1))
+    words: Vocabulary = build_vocabulary(config, open_sources(config, first), first, 100)
+    assert build_vocabulary(config, {}, second, 100) == words

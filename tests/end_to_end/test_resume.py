@@ -1,0 +1,138 @@
+"""Killed at any moment, a run goes on as if nothing had happened."""
+
+import json
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+LONG = (
+    "schedule.length=320 samples",  # 40 steps
+    "checkpoint.every=80 samples",
+    "run.on_finish=nothing",
+    "model.text.dropout=0.1",  # so that the random generators of all ranks matter
+    "data.workers=1",
+)
+
+
+@pytest.fixture
+def whole(start):
+    """An uninterrupted run of 40 steps."""
+    return start("whole", *LONG).finish()
+
+
+def again(whole, start, name, **settings):
+    return start(name, *LONG, f"data.vocabulary={whole.dir}/vocab.txt", **settings)
+
+
+def test_the_same_run_twice_gives_the_same_losses_bit_for_bit(whole, start):
+    assert again(whole, start, "twice").finish().losses() == whole.losses()
+
+
+def test_a_killed_rank_ends_the_job_and_a_restart_repeats_the_rest_bit_for_bit(whole, start):
+    job = again(whole, start, "killed")
+    job.wait_for(lambda: len(job.losses()) >= 15, "15 steps")
+    job.kill(1)
+    job.finish(ok=False)  # rank 0 does not hang
+    assert job.codes[1] == -signal.SIGKILL and job.codes[0] != 0
+    resumed = again(whole, start, "killed").finish()
+    assert "resumed" in resumed.output[0]
+    assert len(resumed.losses()) == 40
+    assert resumed.losses() == whole.losses()
+
+
+@pytest.mark.parametrize("json", ["z0", "z3"])
+def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(start, json):
+    whole = start("whole", *LONG, json=json).finish()
+    job = again(whole, start, "killed", json=json)
+    folder = job.dir / "ckpt"
+    job.wait_for((folder / "step-00000010").is_dir, "the first checkpoint")
+    job.wait_for((folder / ".step-00000020.partial").is_dir, "the second one being written")
+    job.kill()
+    job.finish(ok=False)
+    assert not (folder / "step-00000020").exists()
+    assert (folder / ".step-00000020.partial").is_dir()  # it really was cut
+    resumed = again(whole, start, "killed", json=json).finish()
+    assert "step 10, 80 samples seen" in resumed.output[0]
+    assert resumed.losses() == whole.losses()
+    assert not list(folder.glob(".step-*"))
+
+
+def test_a_signal_saves_after_the_step_and_the_next_start_goes_on(whole, start):
+    job = again(whole, start, "asked")
+    job.wait_for(lambda: len(job.losses()) >= 12, "12 steps")
+    job.ranks[1].send_signal(signal.SIGUSR1)  # one rank hears of it, all stop
+    job.finish()
+    stopped = len(job.losses())
+    assert 12 <= stopped < 40
+    assert json.loads((job.dir / "summary.json").read_text())["state"] == "stopped"
+    assert job.newest().name == f"step-{stopped:08d}"
+    assert again(whole, start, "asked").finish().losses() == whole.losses()
+
+
+def test_only_the_newest_checkpoints_stay_and_latest_names_one(whole):
+    folder = whole.dir / "ckpt"
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-00000030", "step-00000040"]
+    assert (folder / "latest").read_text() == "step-00000040"
+
+
+def test_a_finished_run_is_not_trained_again(whole, start):
+    job = again(whole, start, "whole").finish()
+    assert job.losses() == whole.losses()
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(start, tmp_path):
+    """A small real file system that fills up between two checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        job = start("full", *LONG, f"run.dir={disk}", ranks=1)
+        folder = disk / "full" / "ckpt"
+        job.wait_for((folder / "step-00000010").is_dir, "the first checkpoint")
+        free = shutil.disk_usage(disk).free
+        (disk / "ballast").write_bytes(b"x" * max(0, free - 200_000))
+        job.finish(ok=False)
+        assert job.codes == [1]
+        assert "checkpoint NOT saved" in job.output[0]
+        assert "No space left" in job.output[0] or "Errno 28" in job.output[0]
+        whole_ones = [p.name for p in folder.glob("step-*")]
+        assert "step-00000010" in whole_ones
+        assert not list(folder.glob(".step-*"))
+        (disk / "ballast").unlink()
+        resumed = start("full", *LONG, f"run.dir={disk}", ranks=1).finish()
+        assert "resumed" in resumed.output[0]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_other_ranks_or_stage_are_refused_in_one_line(whole, start):
+    job = again(whole, start, "whole", ranks=1).finish(ok=False)
+    assert job.codes == [2]
+    assert "world_size=2" in job.output[0].splitlines()[-1]
+    job = again(whole, start, "whole", json="z3").finish(ok=False)
+    assert job.codes == [2, 2]
+
+
+def test_weights_of_another_run_start_a_new_one(whole, start):
+    job = again(whole, start, "heir")
+    job.kill()
+    job.finish(ok=False)
+    words = (*LONG, f"init_from={whole.dir}", "schedule.length=8 samples", "optim.lr=1e-9")
+    words = (*words, f"data.vocabulary={whole.dir}/vocab.txt")
+    for stage in ("z0", "z3"):
+        heir = start(f"heir-{stage}", *words, json=stage).finish()
+        # The trained weights guess better than fresh ones did at their first step.
+        assert heir.losses()[1]["mlm"] < whole.losses()[1]["mlm"] - 0.1
+
+
+def test_weights_of_another_model_are_refused_in_one_line(whole, start):
+    words = (f"init_from={whole.dir}", "model.embed_dim=8", "objectives.itc.queue_size=16")
+    job = start("other", *LONG, *words, f"data.vocabulary={whole.dir}/vocab.txt").finish(ok=False)
+    assert job.codes == [2, 2]
+    assert "another model" in job.output[0].splitlines()[-1]
