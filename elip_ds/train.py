@@ -10,7 +10,7 @@ from elip_ds.engine import Engine, due, json_batch, read_ds_config
 from elip_ds.errors import exit_with
 from elip_ds.metrics import Recorder, close_run
 from elip_ds.run import start_run
-from elip_ds.tasks import build_pretrain
+from elip_ds.tasks import build_pretrain, min_micro_batch
 
 
 def main(argv: list[str]) -> None:
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     ds_tree = read_ds_config(cfg.engine.deepspeed)
     run = start_run(cfg)  # ranks, seed, folder, stop signal
     batch = json_batch(ds_tree, cfg.batching, run.world_size)
-    plan = plan_batch(*batch, world_size=run.world_size, min_micro_batch=2)
+    plan = plan_batch(*batch, world_size=run.world_size, min_micro_batch=min_micro_batch(cfg))
     sources = open_sources(cfg.data, run)
     vocabulary = build_vocabulary(cfg.data, sources, run, cfg.model.text.vocab_size)
     loader, held_out = build_loaders(

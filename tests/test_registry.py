@@ -5,9 +5,7 @@ import pytest
 from elip_ds import registry
 from elip_ds.errors import UserError
 
-TABLES = {
-    name: table for name, table in vars(registry).items() if name.isupper() and name != "Any"
-}
+TABLES = {name: table for name, table in vars(registry).items() if name.isupper() and name != "Any"}
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,7 @@ def load_models(checkpoint: Path) -> tuple[Config, list[Any], CaptionTokenizer]:
     models = []
     for number in range(1, len(stages) + 1):
         pruning = dataclasses.replace(config.pruning, stages=stages[:number])
-        with torch.device("meta"):
-            model = build(config.model, pruning)
+        model = build(config.model, pruning)
         model.load_state_dict(task.model.state_dict(), assign=True)
         models.append(model.eval())
     return config, models, CaptionTokenizer(vocabulary, config.data.text_length)

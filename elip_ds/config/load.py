@@ -86,6 +86,13 @@ def list_presets() -> dict[str, str]:
 
 def load_config(argv: list[str]) -> Config:
     """argv: command-line words without the program.  Raises UserError, one line, for any fault."""
+    try:
+        return _load(argv)
+    except UserError as error:  # a word with a line break in it is quoted in some
+        raise UserError(" ".join(str(error).splitlines())) from None
+
+
+def _load(argv: list[str]) -> Config:
     deepspeed, words = parse_arguments(argv)
     settings = _read_words(words)
     if deepspeed is not None:
@@ -174,12 +181,18 @@ def _read_preset(name: str, above: Sequence[str] = ()) -> dict[Any, Any]:
     return tree if base is None else _merge(_read_preset(str(base), [*above, name]), tree)
 
 
-def _merge(under: dict[Any, Any], over: dict[Any, Any]) -> dict[Any, Any]:
+def _merge(under: dict[Any, Any], over: dict[Any, Any], at: str = "") -> dict[Any, Any]:
     """Sections merge; a value, a list or a null replaces what was there."""
     merged = dict(under)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        there, full = merged.get(key), f"{at}{key}"
+        if isinstance(value, dict) and isinstance(there, dict):
+            value = _merge(there, value, f"{full}.")
+        elif isinstance(value, dict) and isinstance(there, str | int | float):
+            raise UserError(
+                f"{full}={show(there)} contradicts {full}={show(value)}; keep one of them"
+            )
+        merged[key] = value
     return merged
 
 

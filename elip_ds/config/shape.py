@@ -43,8 +43,7 @@ def _check_section(tree: Any, shape: Shape, at: str, known: list[str]) -> None:
             how = f"wanted are settings, {{{names}}}"
         raise UserError(f"{at or 'the configuration'}={show(tree)}: {how}")
     for name, value in tree.items():
-        shown = str(name) if str(name).isprintable() else repr(name)
-        key = f"{at}.{shown}" if at else shown
+        key = f"{at}.{name}" if at else str(name)
         if name not in fields:
             raise UserError(f"{key} is not a setting; {_hint(str(name), at, fields, known)}")
         _check(value, fields[name], key, known, _default(shape, name))

@@ -1,11 +1,12 @@
-"""Checkpoints on disk: written aside, flushed, then renamed, so that a kill at any moment leaves the
-last whole one in place.
+"""Checkpoints on disk: written aside, flushed, then renamed, so that a kill at any moment leaves
+the last whole one in place.
 
 A checkpoint is a folder step-00000123 with
   meta.json            step, samples seen, ranks, ZeRO stage, versions
   config.yaml          the resolved configuration
-  weights.safetensors  student (model.*, objectives.*) and teacher.*, fp32, whole: any tool can read it
-  state.safetensors    queues; vocab.txt the word list
+  weights.safetensors  student (model.*, objectives.*) and teacher.*, fp32, whole
+  state.safetensors    queues
+  vocab.txt            the word list
   rng-rank*.pt, mp_rank_*.pt, *_optim_states.pt   per rank: random generators; DeepSpeed's own files
 and `latest`, beside the folders, names the newest, for DeepSpeed's tools and for people.
 """

@@ -27,7 +27,8 @@ KNOWN = {
     "prescale_gradients", "gradient_predivide_factor", "data_types", "flops_profiler",
     "comms_logger", "aio", "torch_autocast", "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer", "checkpoint", "csv_monitor", "tensorboard", "wandb", "comet",
-    "compile", "disable_allgather", "sparse_gradients_enabled", "seq_parallel_communication_data_type",
+    "compile", "disable_allgather", "sparse_gradients_enabled",
+    "seq_parallel_communication_data_type",
 }  # fmt: skip
 # What the project's own configuration decides, or what DeepSpeed has dropped.
 ELSEWHERE = {

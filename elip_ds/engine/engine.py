@@ -26,8 +26,8 @@ from elip_ds.engine import checkpoint as files
 from elip_ds.engine.ds_config import fill_ds_config
 from elip_ds.engine.optim import build_optimizer
 from elip_ds.engine.schedule import learning_rate
-from elip_ds.engine.weights import read_weights
 from elip_ds.engine.sharding import gather_whole, local_tensor, refresh, shard_of
+from elip_ds.engine.weights import read_weights
 from elip_ds.errors import UserError
 from elip_ds.objectives import Progress
 from elip_ds.run import Run
@@ -38,9 +38,10 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """What one optimizer step was. losses, logs: means over this rank's micro-batches, on the device.
-    seconds: by phase, host time.  applied: False when fp16 overflow skipped the update.
-    kept_tokens: sequence length after each pruning stage.  bad_samples: skipped on this rank so far.
+    """What one optimizer step was. losses, logs: means over this rank's micro-batches, on the
+    device. seconds: by phase, host time.  applied: False when fp16 overflow skipped the update.
+    kept_tokens: sequence length after each pruning stage.  bad_samples: skipped on this rank so
+    far.
     """
 
     step: int
@@ -71,7 +72,7 @@ class Engine:
         offload = "offload_optimizer" in self.ds_config["zero_optimization"]
         optimizer = build_optimizer(task, config.optim, offload=offload, device=run.device)
         if run.device.type == "cpu":
-            # DeepSpeed would compile a shared-memory all-reduce for over a minute; gloo does it too.
+            # DeepSpeed would compile a shared-memory all-reduce for over a minute; gloo has one.
             deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         task.to(run.device)
         self._engine, *_ = deepspeed.initialize(
@@ -151,7 +152,7 @@ class Engine:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     def resume(self, loader: TrainLoader) -> None:
-        """Go on from the run's newest checkpoint, else from config.init_from's weights, else fresh."""
+        """Go on from the run's newest checkpoint, else from init_from's weights, else fresh."""
         found = files.list_checkpoints(self.folder)
         if found:
             self._load(found[-1], loader)
@@ -165,8 +166,8 @@ class Engine:
         return self.task.evaluate(held_out, self.run.device)
 
     def save(self, loader: TrainLoader) -> Path | None:
-        """Write a checkpoint. Returns its folder, or None when it could not be written: the one before
-        stays as it was, and the reason is in the log. Every rank calls it.
+        """Write a checkpoint. Returns its folder, or None when it could not be written: the one
+        before stays as it was, and the reason is in the log. Every rank calls it.
         """
         final = self.folder / files.checkpoint_name(self.step)
         if final.is_dir():  # nothing happened since it was written

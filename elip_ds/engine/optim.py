@@ -40,7 +40,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
 def build_optimizer(
     module: nn.Module, config: OptimConfig, *, offload: bool, device: torch.device
 ) -> torch.optim.Optimizer:
-    """offload: states live on the host while the device is a GPU; DeepSpeed's CPU Adam runs there."""
+    """offload: states live on the host; beside a GPU, DeepSpeed's CPU Adam then runs there."""
     groups = parameter_groups(module, config)
     settings: dict[str, Any] = {
         "lr": config.lr,

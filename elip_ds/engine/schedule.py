@@ -11,8 +11,8 @@ def learning_rate(
 ) -> float:
     """Linear warm-up from warmup_lr to lr, then a cosine that reaches min_lr at the end.
 
-    # differs from ALBEF, whose warm-up is a staircase of iterations inside the first epoch and whose
-    # cosine steps once an epoch: both are cut off or coarse at a large batch.
+    # differs from ALBEF, whose warm-up is a staircase of iterations inside the first epoch and
+    # whose cosine steps once an epoch: both are cut off or coarse at a large batch.
     """
     warmup = duration_in_samples(schedule.warmup, samples_per_epoch)
     length = duration_in_samples(schedule.length, samples_per_epoch)

@@ -1,34 +1,36 @@
 """What of a parameter lies on this rank, at any ZeRO stage.
 
-Stages 0 to 2 keep every parameter whole on every rank. Stage 3 keeps a shard of each (`ds_tensor`, the
-last one padded) and, of parameters below the persistence threshold, a whole copy made from the shards.
+Stages 0 to 2 keep every parameter whole on every rank. Stage 3 keeps a shard of each (`ds_tensor`,
+the last one padded) and, of parameters below the persistence threshold, a whole copy made from the
+shards.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from elip_ds import dist
 
 
-def is_sharded(parameter: nn.Parameter) -> bool:
+def is_sharded(parameter: Any) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
-def local_tensor(parameter: nn.Parameter) -> Tensor:
+def local_tensor(parameter: Any) -> Tensor:
     """The tensor that holds the parameter here; refresh() after writing to a sharded one."""
     return parameter.ds_tensor.data if is_sharded(parameter) else parameter.data
 
 
-def refresh(parameters: Iterable[nn.Parameter]) -> None:
-    """Gather the small parameters that stay whole anew from their shards. A collective at stage 3."""
+def refresh(parameters: Iterable[Any]) -> None:
+    """Gather anew, from their shards, the small parameters that stay whole; collective at stage 3."""
     persistent = [p for p in parameters if is_sharded(p) and getattr(p, "ds_persist", False)]
     if persistent:
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)
 
 
-def gather_whole(parameter: nn.Parameter, held: Tensor) -> Tensor:
+def gather_whole(parameter: Any, held: Tensor) -> Tensor:
     """held: what this rank has of the parameter, or of a tensor laid out like it -> all of it.
 
     A collective when the parameter is sharded.
@@ -39,7 +41,7 @@ def gather_whole(parameter: nn.Parameter, held: Tensor) -> Tensor:
     return flat[: parameter.ds_numel].view(parameter.ds_shape)
 
 
-def shard_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+def shard_of(parameter: Any, whole: Tensor) -> Tensor:
     """The inverse of gather_whole: this rank's part of the whole."""
     if not is_sharded(parameter):
         return whole

@@ -32,7 +32,7 @@ def read_weights(path: Path, task: nn.Module) -> dict[str, Tensor]:
 
     Raises UserError, naming the first difference, when they are another model's.
     """
-    file = path / files.WEIGHTS
+    file = path / WEIGHTS
     try:
         weights = load_file(file)
     except (OSError, SafetensorError) as error:

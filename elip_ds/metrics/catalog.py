@@ -18,23 +18,17 @@ class Series:
 
 CATALOG = (
     Series("elip_samples_total", "counter", "Image-text pairs trained on since this start."),
-    Series(
-        "elip_optimizer_steps_total", "counter", "Optimizer steps done since this start."
-    ),
+    Series("elip_optimizer_steps_total", "counter", "Optimizer steps done since this start."),
     Series(
         "elip_optimizer_steps_skipped_total",
         "counter",
         "Optimizer steps that an overflow skipped since this start.",
     ),
-    Series(
-        "elip_samples_skipped_total", "counter", "Samples that could not be used, on rank 0."
-    ),
+    Series("elip_samples_skipped_total", "counter", "Samples that could not be used, on rank 0."),
     Series("elip_step", "gauge", "Optimizer steps done in the whole run."),
     Series("elip_samples_seen", "gauge", "Image-text pairs trained on in the whole run."),
     Series("elip_epoch", "gauge", "Passes over the training data."),
-    Series(
-        "elip_step_duration_seconds", "histogram", "Wall time of an optimizer step on rank 0."
-    ),
+    Series("elip_step_duration_seconds", "histogram", "Wall time of an optimizer step on rank 0."),
     Series(
         "elip_step_phase_seconds_total",
         "counter",
@@ -44,7 +38,10 @@ CATALOG = (
     Series("elip_loss", "gauge", "Loss of the last interval, mean over ranks.", ("objective",)),
     Series("elip_signal", "gauge", "Accuracies and other signs of health.", ("name",)),
     Series(
-        "elip_kept_tokens", "gauge", "Vision tokens after a pruning stage, counted from 0.", ("stage",)
+        "elip_kept_tokens",
+        "gauge",
+        "Vision tokens after a pruning stage, counted from 0.",
+        ("stage",),
     ),
     Series("elip_learning_rate", "gauge", "Learning rate of the last step."),
     Series("elip_gradient_norm", "gauge", "Gradient norm of the last step, before clipping."),

@@ -1,9 +1,11 @@
-"""A rich progress bar in a terminal; nothing elsewhere, where one plain line per interval is better."""
+"""A rich progress bar in a terminal; nothing elsewhere, where one plain line per interval is
+better."""
 
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 
 class Progress:

@@ -31,7 +31,7 @@ WARM_STEPS = 3
 
 
 class Recorder:
-    """Every rank has one and calls it alike, because the losses are averaged over ranks; rank 0 writes."""
+    """Every rank has one and calls it alike, since losses are averaged over ranks; rank 0 writes."""
 
     def __init__(self, config: Config, run: Run, engine: Engine, loader: TrainLoader) -> None:
         self.run, self.engine = run, engine

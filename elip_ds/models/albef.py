@@ -56,7 +56,7 @@ class ALBEF(nn.Module):
         return TextFeatures(states, attention_mask, _unit(self.text_proj(states[:, 0])))
 
     def encode_image(self, images: Tensor, guide: TextFeatures | None = None) -> ImageFeatures:
-        """images: (B, 3, S, S), normalised.  guide: of each image's own caption; None: no pruning."""
+        """images: (B, 3, S, S), normalised.  guide: each image's own caption; None: no pruning."""
         text_class = None if guide is None else guide.text_embeds[:, 0]
         tokens, keep = self.visual(images, text_class)
         return ImageFeatures(tokens, _unit(self.vision_proj(tokens[:, 0])), keep)
@@ -74,7 +74,8 @@ class Temperature(nn.Module):
     """The learned temperature of the contrastive logits, clamped to [0.001, 0.5].
 
     # differs from ALBEF, which clamps the parameter in place at every forward: under ZeRO the fp32
-    # master would undo that. The clamped value is used here and the gradient passes straight through.
+    # master would undo that. The clamped value is used here and the gradient passes straight
+    # through.
     Of shape (1,), because DeepSpeed cannot broadcast 0-d parameters.
     """
 

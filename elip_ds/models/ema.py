@@ -17,8 +17,8 @@ class MomentumTwin(nn.Module):
     """A frozen copy of a model.
 
     It lives inside the trained module, so that ZeRO-3 shards and gathers it like the rest; update()
-    moves only what this rank holds. In half precision the increments, (1 - m) of a difference, vanish
-    in rounding, so the averages are then kept in fp32 beside the copy that computes.
+    moves only what this rank holds. In half precision the increments, (1 - m) of a difference,
+    vanish in rounding, so the averages are then kept in fp32 beside the copy that computes.
     """
 
     def __init__(self, student: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""Text tower of ALBEF: BERT whose lower layers read text alone and whose upper layers also read images.
+"""Text tower of ALBEF: BERT whose lower layers read text alone and whose upper ones see images too.
 
-Post-norm BERT (Devlin et al.), with a cross-attention between self-attention and feed-forward in the
-fusion layers (ALBEF, Li et al. 2021, `xbert`). The masked-word head shares the word embeddings.
+Post-norm BERT (Devlin et al.), with a cross-attention between self-attention and feed-forward in
+the fusion layers (ALBEF, Li et al. 2021, `xbert`). The masked-word head shares the word embeddings.
 
 B batch, L text tokens, M image tokens, D width, C image width, V vocabulary.
 """

@@ -2,9 +2,9 @@
 
 B batch, N tokens of the sequence, M tokens of the context, D width, C context width, H heads.
 
-Every weight is used inside the forward of the module that owns it: ZeRO-3 gathers a module's weights
-when that module is called, and only then. That is why a linear layer here has a second way through it
-where others would reach for its weight from outside.
+Every weight is used inside the forward of the module that owns it: ZeRO-3 gathers a module's
+weights when that module is called, and only then. That is why a linear layer here has a second way
+through it where others would reach for its weight from outside.
 """
 
 import torch
@@ -23,7 +23,7 @@ class FusedQKV(nn.Linear):
     def forward(  # type: ignore[override]  # a second way through, for the look-ahead
         self, x: Tensor, class_row: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x: (B, N, D) -> (B, N, 3D); with class_row (q of token 0 (B, 1, D), k of all (B, N, D))."""
+        """x: (B, N, D) -> (B, N, 3D); with class_row q (B, 1, D), k (B, N, D)."""
         if not class_row:
             return super().forward(x)
         d = self.width
@@ -61,7 +61,8 @@ class SelfAttention(nn.Module):
     def class_attention(self, x: Tensor) -> Tensor:
         """Head mean of the attention row of token 0, in fp32: x (B, N, D) -> (B, N).
 
-        The probabilities before dropout. Values, output projection and the other rows are not computed.
+        The probabilities before dropout. Values, output projection and the other rows are not
+        computed.
         """
         query, key = self.qkv(x, class_row=True)
         q, k = split_heads(query, self.heads), split_heads(key, self.heads)
@@ -122,8 +123,8 @@ class ViTBlock(nn.Module):
 def init_std(width: int) -> float:
     """0.02 at the published width of 768, and growing as 1 / sqrt(width) for narrower towers.
 
-    # differs from ViT and BERT, which use 0.02 at any width: a narrow tower then starts with signals
-    # that vanish from block to block, and a short run never gets going.
+    # differs from ViT and BERT, which use 0.02 at any width: a narrow tower then starts with
+    # signals that vanish from block to block, and a short run never gets going.
     """
     return 0.02 * (768 / width) ** 0.5
 

@@ -3,7 +3,7 @@
 Pure functions on tensors and numbers. Source: ELIP, Guo et al., arXiv:2309.16738, and its released
 code. Before a few chosen blocks, a throw-away copy of the tokens, its class token mixed with the
 text's, looks ahead through the next blocks without gradient; what its class token attends to there
-are the scores. The best-scored patches stay, in order; the others become one token, their mean under
+are the scores. The best-scored patches stay, in order; the others become one token, their mean with
 the scores as weights, appended last.
 
 B batch, N patches of the image, L tokens of the sequence (class token included), D width.
@@ -32,7 +32,7 @@ class LookaheadBlock(Protocol):
 class KeepIndex(NamedTuple):
     """What pruning did to one batch of images, whatever the number of stages.
 
-    origin: (B, L) patch 0..N-1 of each token; -1 the class token; -(2 + s) the token merged at stage s.
+    origin: (B, L) patch 0..N-1 of each token; -1 the class token; -(2 + s) the one merged at s.
     owner: (B, N) slot of the final sequence that carries each patch.
     share: (B, N) weight with which the patch entered its owner; 1 if it was kept.
     lengths: tokens after each stage, class and merged token included; one entry a stage that ran.
@@ -85,10 +85,12 @@ def check_stages(stages: Sequence[Stage], depth: int, num_patches: int) -> None:
                 f"{key}: layer={stage.layer}, lookahead={stage.lookahead}: "
                 "a layer counts from 0, a look-ahead runs at least 1 block"
             )
-        if stage.layer + stage.lookahead > depth:
+        left = depth - stage.layer
+        if stage.lookahead > left:
+            fits = f"lookahead <= {left} or a lower layer" if left > 0 else f"layer < {depth}"
             raise UserError(
                 f"{key}: layer {stage.layer} + lookahead {stage.lookahead} is beyond the tower's "
-                f"{depth} blocks; use lookahead <= {max(0, depth - stage.layer)} or an earlier layer"
+                f"{depth} blocks; use {fits}"
             )
         if not 0 < stage.keep_ratio <= 1:
             raise UserError(f"{key}: keep_ratio={stage.keep_ratio} must lie in (0, 1]")
@@ -125,7 +127,7 @@ def lookahead_scores(
     """Score every token but the class token by what a text-mixed class token will attend to.
 
     x: (B, L, D), unchanged.  text_class: (B, D).  blocks: those of the look-ahead, at least one.
-    Returns (B, L - 1), fp32, >= 0; the class token's own share is dropped, the rest not renormalised.
+    Returns (B, L - 1), fp32, >= 0; the class token's own share is dropped, the rest kept as it is.
     Source: ELIP. Differs: of the last block only the class token's attention row is computed.
     """
     mixed = torch.lerp(x[:, :1], text_class.to(x.dtype).unsqueeze(1), text_weight)
@@ -139,8 +141,8 @@ def prune_tokens(x: Tensor, scores: Tensor, num_keep: int, eps: float) -> Pruned
     """Keep the highest-scored tokens, in order, and fold the rest into one, appended last.
 
     x: (B, L, D), class token first.  scores: (B, L - 1), >= 0, any scale.
-    With num_keep = L - 1 nothing is left to merge and the appended token is zero, as in the released
-    code; callers that do not want it skip the stage.
+    With num_keep = L - 1 nothing is left to merge and the appended token is zero, as in the
+    released code; callers that do not want it skip the stage.
     Gradient reaches x through kept and merged tokens, and never the scores.
     Raises ValueError unless 1 <= num_keep <= L - 1.
     Source: ELIP. Differs: one gather for the whole batch instead of a loop.
@@ -183,7 +185,7 @@ def unprune(x: Tensor, index: KeepIndex) -> Tensor:
 
 
 def prune_targets(targets: Tensor, index: KeepIndex) -> Tensor:
-    """(B, N, C) -> (B, L - 1, C): per-patch targets mixed as the tokens were, class token left out."""
+    """(B, N, C) -> (B, L - 1, C): per-patch targets mixed as the tokens were; no class token."""
     weighted = targets * index.share.unsqueeze(-1).to(targets.dtype)
     batch, length = index.origin.shape
     out = targets.new_zeros(batch, length, targets.shape[-1])

@@ -68,7 +68,8 @@ class ViT(nn.Module):
     def forward(
         self, images: Tensor, text_class: Tensor | None = None
     ) -> tuple[Tensor, elip.KeepIndex]:
-        """images: (B, 3, S, S), normalised.  text_class: (B, D) guides the pruning; None: no pruning.
+        """images: (B, 3, S, S), normalised.  text_class: (B, D) guides the pruning; None: no
+        pruning.
 
         Returns tokens (B, L, D) after the final norm, class token first, and what pruning did.
         """
@@ -100,7 +101,8 @@ class ViT(nn.Module):
 
 
 class _Table(nn.Module):
-    """A learned (1, rows, D) table that is a module, so that ZeRO-3 gathers it when it is called."""
+    """A learned (1, rows, D) table that is a module, so that ZeRO-3 gathers it when it is
+    called."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elip_ds.batching import Plan, plan_batch
@@ -21,6 +21,7 @@ def test_a_small_micro_batch_is_accumulated() -> None:
     assert plan_batch(64, 4, world_size=2) == Plan(4, 8, 2)
 
 
+@settings(deadline=None, derandomize=True)
 @given(SIZES, st.one_of(st.just("auto"), st.integers(1, 128)), RANKS)
 def test_it_divides_exactly_or_names_the_nearest(size: int, micro: int | str, ranks: int) -> None:
     step = ranks if micro == "auto" else int(micro) * ranks
@@ -51,6 +52,8 @@ def test_the_message_of_a_batch_that_does_not_divide() -> None:
 
 
 def test_the_objectives_least_micro_batch() -> None:
-    with pytest.raises(UserError, match=r"batching.micro_batch_size=1: .* at least 2 .* 8 or more$"):
+    with pytest.raises(
+        UserError, match=r"batching.micro_batch_size=1: .* at least 2 .* 8 or more$"
+    ):
         plan_batch(4, "auto", world_size=4, min_micro_batch=2)
     assert plan_batch(8, "auto", world_size=4, min_micro_batch=2).micro_batch_size == 2

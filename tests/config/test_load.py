@@ -40,10 +40,10 @@ def test_words_change_settings_of_the_preset() -> None:
 
 
 def test_a_list_replaces_the_whole_list() -> None:
-    assert len(load_config([]).pruning.stages) == 3
+    assert len(DEMO.pruning.stages) > 1
     assert load_config(["pruning.stages=[]"]).pruning.stages == []
-    one = load_config(["pruning.stages=[{layer: 3, lookahead: 2, keep_ratio: 0.5}]"])
-    assert [stage.layer for stage in one.pruning.stages] == [3]
+    one = load_config(["pruning.stages=[{layer: 1, lookahead: 2, keep_ratio: 0.5}]"])
+    assert [stage.lookahead for stage in one.pruning.stages] == [2]
 
 
 def test_null_switches_an_objective_off() -> None:
@@ -52,7 +52,7 @@ def test_null_switches_an_objective_off() -> None:
 
 def test_a_section_word_merges_with_the_preset() -> None:
     config = load_config(["optim={weight_decay: 0.1}"])
-    assert (config.optim.weight_decay, config.optim.lr) == (0.1, 1e-3)
+    assert config.optim == dataclasses.replace(DEMO.optim, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("value", ["a.tar", "[a.tar]", "{shards: a.tar}", "[{shards: a.tar}]"])
@@ -144,19 +144,22 @@ def test_where_and_how_fast_are_free_to_change(word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "line"),
+    "word",
     [
-        ("run.seed=1", "run.seed: 42 -> 1"),
-        ("optim.lr=0.5", "optim.lr: 0.001 -> 0.5"),
-        ("data.builtin.train=7", "data.builtin.train: 12000 -> 7"),
-        ("model.embed_dim=32", "model.embed_dim: 64 -> 32"),
-        ("objectives.mlm.weight=2", "objectives.mlm.weight: 1.0 -> 2.0"),
-        ("batching.global_batch_size=8", "batching.global_batch_size: 64 -> 8"),
-        ("init_from=x", "init_from: None -> x"),
+        "run.seed=1",
+        "optim.lr=0.625",
+        "data.builtin.train=7",
+        "model.embed_dim=24",
+        "objectives.mlm.weight=2.0",
+        "batching.global_batch_size=6",
+        "init_from=x",
+        "pruning.stages=[]",
     ],
 )
-def test_what_is_learned_is_not_free_to_change(word: str, line: str) -> None:
-    assert changed_keys(DEMO, load_config([word])) == [line]
+def test_what_is_learned_is_not_free_to_change(word: str) -> None:
+    key, _, new = word.partition("=")
+    old = load._flatten(dataclasses.asdict(DEMO))[key]
+    assert changed_keys(DEMO, load_config([word])) == [f"{key}: {old} -> {new}"]
 
 
 # What does not
@@ -275,9 +278,20 @@ def test_a_reference_to_nothing_usable(word: str, line: str) -> None:
 
 def test_of_two_words_for_one_setting_the_later_counts() -> None:
     assert load_config(["optim.lr=1", "optim.lr=2", "optim.lr=1"]).optim.lr == 1
-    assert "itc" not in load_config(["objectives.itc.alpha=0.1", "objectives.itm=null", "objectives.itc=null"]).objectives
+    assert (
+        "itc"
+        not in load_config(
+            ["objectives.itc.alpha=0.1", "objectives.itm=null", "objectives.itc=null"]
+        ).objectives
+    )
     assert load_config(["engine.deepspeed=b", "--deepspeed", "a"]).engine.deepspeed == "a"
     assert load_config(["preset=albef_base", "preset=demo"]).preset == "demo"
+
+
+def test_a_value_and_a_section_of_one_name_contradict_each_other() -> None:
+    assert message("optim=3", "optim.lr=2") == (
+        "optim=3 contradicts optim={lr: 2}; keep one of them"
+    )
 
 
 def test_two_deepspeed_files_are_refused() -> None:
@@ -373,7 +387,7 @@ def test_a_number_out_of_range_is_named(word: str) -> None:
 
 
 def test_a_text_longer_than_its_positions() -> None:
-    assert message("data.text_length=33").startswith(
+    assert message("data.text_length=33", "model.text.max_positions=32").startswith(
         "data.text_length=33 exceeds model.text.max_positions=32"
     )
 

@@ -49,7 +49,8 @@ def make_run(folder: Path, rank: int = 0, world_size: int = 1, seed: int = 42) -
 
 
 def data_config(train: Path | str, val: Path | str, *words: str) -> DataConfig:
-    config = load_config(["data.text_length=6", "data.workers=0", *words]).data
+    words = words or ("data.workers=0",)
+    config = load_config(["data.text_length=6", "data.crop_scale=[0.3, 1]", *words]).data
     return DataConfig(
         **vars(config) | {"train": [ShardSource(str(train))], "val": [ShardSource(str(val))]}
     )

@@ -41,7 +41,7 @@ def test_an_error_names_the_source(config: DataConfig, run: Run, tmp_path: Path)
     two = [*config.train, ShardSource(f"{tmp_path}/x-*.tar", 2.0)]
     with pytest.raises(UserError, match=r"^data.train\[1\]: no file matches .*/x-\*.tar$"):
         open_sources(replace(config, train=two), run)
-    with pytest.raises(UserError, match="^data.val: no file matches"):
+    with pytest.raises(UserError, match=r"^data\.val: no file matches"):
         open_sources(replace(config, val=two[1:]), run)
 
 
@@ -100,7 +100,7 @@ def test_a_given_vocabulary_must_fit_the_model(
     given = tmp_path / "vocab.txt"
     given.write_text("\n".join(VOCABULARY.words))
     config = replace(config, vocabulary=str(given))
-    with pytest.raises(UserError, match="has 17 entries, .*; set model.text.vocab_size=17$"):
+    with pytest.raises(UserError, match=r"has 17 entries, .*; set model\.text\.vocab_size=17$"):
         build_vocabulary(config, {}, run, 16)
     assert not (run.dir / "vocab.txt").exists()
 

@@ -196,9 +196,7 @@ def _rank(rank: int, port: int, config: DataConfig, folder: Path) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_gathered_rows_are_in_order_without_the_fill_up(
-    config: DataConfig, tmp_path: Path
-) -> None:
+def test_gathered_rows_are_in_order_without_the_fill_up(config: DataConfig, tmp_path: Path) -> None:
     assert VAL % 2  # so that there is one row to drop
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -216,6 +214,16 @@ def test_gathered_rows_are_in_order_without_the_fill_up(
 
 
 # Samples that cannot be used
+
+
+def error_of(loader: TrainLoader) -> str:
+    """The line with which it stops. Keeps no traceback, which would keep its workers alive."""
+    try:
+        for _ in range(100):
+            next(loader)
+    except UserError as error:
+        return str(error)
+    pytest.fail("it went on")
 
 
 def members(number: int) -> dict[str, bytes]:
@@ -287,12 +295,10 @@ def test_bad_held_out_pairs_are_named_once(broken: DataConfig, run: Run) -> None
 
 def test_too_many_bad_samples_stop_the_run(broken: DataConfig, run: Run) -> None:
     loader = train(replace(broken, max_bad_share=0.1), run, micro=8)
-    with pytest.raises(UserError) as caught:
-        for _ in range(100):
-            next(loader)
+    line = error_of(loader)
     read = loader._intake.read
     assert 200 <= read < 216
-    assert str(caught.value) == (
+    assert line == (
         f"{loader.bad} of {read} samples read cannot be used, more than data.max_bad_share=0.1; "
         f"see {run.dir}/skipped.jsonl"
     )
@@ -306,30 +312,25 @@ def test_as_many_bad_samples_as_allowed_do_not(broken: DataConfig, run: Run) -> 
 def test_a_source_without_a_usable_sample(tmp_path: Path, run: Run, workers: int) -> None:
     shard = shard_with(tmp_path / "x.tar", 5, dict.fromkeys(range(5), "no caption"))
     loader = train(data_config(shard, shard, f"data.workers={workers}"), run)
-    with pytest.raises(UserError) as caught:
-        next(loader)
-    assert str(caught.value).startswith(f"data: 5 samples in a row of {shard} cannot be used, from ")
-    assert str(caught.value).endswith(f" of {shard} on (no caption)")
+    line = error_of(loader)
+    assert line.startswith(f"data: 5 samples in a row of {shard} cannot be used, from ")
+    assert line.endswith(f" of {shard} on (no caption)")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_its_index_does_not_describe(
-    tmp_path: Path, run: Run, workers: int
-) -> None:
+def test_a_shard_that_its_index_does_not_describe(tmp_path: Path, run: Run) -> None:
     shard = shard_with(tmp_path / "x.tar", 5, {})
     entry = {"samples": 6, "bytes": shard.stat().st_size}
     (tmp_path / INDEX).write_text(json.dumps({"x.tar": entry}))
-    loader = train(data_config(shard, shard, f"data.workers={workers}"), run)
-    with pytest.raises(UserError, match=rf"^data: shard {shard} holds 5 samples, counted were 6"):
-        next(loader)
+    line = error_of(train(data_config(shard, shard), run))
+    assert line.startswith(f"data: shard {shard} holds 5 samples, counted were 6; it was changed")
 
 
 def test_a_shard_that_is_gone_when_it_is_wanted(tmp_path: Path, run: Run) -> None:
     shard = shard_with(tmp_path / "x.tar", 5, {})
     loader = train(data_config(shard, shard, "data.workers=1"), run)
     shard.unlink()
-    with pytest.raises(UserError, match=rf"^data: shard {shard} .*: No such file or directory$"):
-        next(loader)
+    line = error_of(loader)
+    assert line == f"data: shard {shard} is damaged or no tar: No such file or directory"
 
 
 def test_few_shards_stay_open(tmp_path: Path, run: Run) -> None:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from elip_ds.data.order import Place, SampleOrder, SourceSize, rank_batches
 
+CASES = settings(deadline=None, derandomize=True, max_examples=50)
+
 SHARDS = st.lists(st.integers(1, 6), min_size=1, max_size=5).map(tuple)
 WEIGHTS = st.sampled_from([0.1, 0.3, 0.5, 1.0, 1.7, 2.0, 3.5])
 SOURCES = st.lists(st.builds(SourceSize, SHARDS, WEIGHTS), min_size=1, max_size=3)
@@ -24,6 +26,7 @@ def epoch(order: SampleOrder, number: int) -> list[Place]:
     return sequence(order, number * order.samples_per_epoch, order.samples_per_epoch)
 
 
+@CASES
 @given(st.lists(SHARDS, min_size=1, max_size=3), SEEDS, WINDOWS, st.integers(0, 3))
 def test_an_epoch_visits_every_sample_once(
     shards: list[tuple[int, ...]], seed: int, window: int, number: int
@@ -34,7 +37,7 @@ def test_an_epoch_visits_every_sample_once(
     assert {place.epoch for place in epoch(order, number)} == {number}
 
 
-@settings(max_examples=50, deadline=None)
+@CASES
 @given(SOURCES, SEEDS, WINDOWS, st.integers(0, 40), st.integers(1, 4), st.integers(1, 3))
 def test_ranks_and_micro_batches_only_cut_the_sequence_up(
     sources: list[SourceSize], seed: int, window: int, start: int, ranks: int, micro: int
@@ -54,7 +57,7 @@ def test_ranks_and_micro_batches_only_cut_the_sequence_up(
     assert read == sequence(SampleOrder(sources, seed, window), start, passes * ranks * micro)
 
 
-@settings(max_examples=50, deadline=None)
+@CASES
 @given(SOURCES, SEEDS, WINDOWS, st.integers(1, 6))
 def test_visits_follow_the_weight_and_spread_evenly(
     sources: list[SourceSize], seed: int, window: int, epochs: int
@@ -96,6 +99,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert samples(0, 1) == orders[1]
 
 
+@CASES
 @given(SOURCES, SEEDS, WINDOWS, st.integers(0, 30), st.integers(0, 5))
 def test_seeking_equals_skipping(
     sources: list[SourceSize], seed: int, window: int, start: int, skipped: int

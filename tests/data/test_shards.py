@@ -45,7 +45,12 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     assert count_samples(paths, "data.train") == [3, 3, 1]
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     st.from_regex(r"[^.\0/\ud800-\udfff]{1,150}", fullmatch=True).filter(
         lambda key: not key.startswith("__")
@@ -173,7 +178,9 @@ def test_what_a_pattern_does_not_find(tmp_path: Path, pattern: str, line: str) -
 
 def end_of(shard: Path) -> int:
     """Where the last member's data end."""
-    return max(offset + size for entry in scan_shard(shard) for offset, size in entry.members.values())
+    return max(
+        offset + size for entry in scan_shard(shard) for offset, size in entry.members.values()
+    )
 
 
 def test_a_shard_cut_anywhere_is_noticed(shard: Path) -> None:
@@ -191,7 +198,12 @@ def test_a_shard_cut_anywhere_is_noticed(shard: Path) -> None:
         assert scan_shard(shard) == entries
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.integers(0, 10**6), st.binary(min_size=1, max_size=600))
 def test_overwritten_bytes_raise_nothing_else(shard: Path, at: int, data: bytes) -> None:
     whole = shard.read_bytes()

@@ -75,10 +75,16 @@ class Job:
         return sorted((self.dir / "ckpt").glob("step-*"))[-1]
 
 
-@pytest.fixture
-def start(tmp_path: Path, shared_scenes: Path) -> Iterator[Callable[..., Job]]:
-    """start(name, *words, ranks=2, json="z2") -> Job: starts a tiny run without a launcher."""
+@pytest.fixture(scope="module")
+def start(
+    tmp_path_factory: pytest.TempPathFactory, shared_scenes: Path
+) -> Iterator[Callable[..., Job]]:
+    """start(name, *words, ranks=2, json="z2") -> Job: starts a tiny run without a launcher.
+
+    The same name is the same run folder for all tests of a module.
+    """
     jobs: list[Job] = []
+    tmp_path = tmp_path_factory.mktemp("runs")
 
     def start_job(name: str, *words: str, ranks: int = 2, json: str = "z2") -> Job:
         port = str(free_port())
@@ -124,5 +130,3 @@ def start(tmp_path: Path, shared_scenes: Path) -> Iterator[Callable[..., Job]]:
 def shared_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the built-in scenes of all runs of a session are."""
     return tmp_path_factory.mktemp("scenes")
-
-

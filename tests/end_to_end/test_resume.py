@@ -18,7 +18,7 @@ LONG = (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def whole(start):
     """An uninterrupted run of 40 steps."""
     return start("whole", *LONG).finish()
@@ -46,8 +46,9 @@ def test_a_killed_rank_ends_the_job_and_a_restart_repeats_the_rest_bit_for_bit(w
 
 @pytest.mark.parametrize("json", ["z0", "z3"])
 def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(start, json):
-    whole = start("whole", *LONG, json=json).finish()
-    job = again(whole, start, "killed", json=json)
+    whole = start(f"whole-{json}", *LONG, json=json).finish()
+    name = f"cut-{json}"
+    job = again(whole, start, name, json=json)
     folder = job.dir / "ckpt"
     job.wait_for((folder / "step-00000010").is_dir, "the first checkpoint")
     job.wait_for((folder / ".step-00000020.partial").is_dir, "the second one being written")
@@ -55,7 +56,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(start, json)
     job.finish(ok=False)
     assert not (folder / "step-00000020").exists()
     assert (folder / ".step-00000020.partial").is_dir()  # it really was cut
-    resumed = again(whole, start, "killed", json=json).finish()
+    resumed = again(whole, start, name, json=json).finish()
     assert "step 10, 80 samples seen" in resumed.output[0]
     assert resumed.losses() == whole.losses()
     assert not list(folder.glob(".step-*"))
@@ -80,8 +81,8 @@ def test_only_the_newest_checkpoints_stay_and_latest_names_one(whole):
 
 
 def test_a_finished_run_is_not_trained_again(whole, start):
-    job = again(whole, start, "whole").finish()
-    assert job.losses() == whole.losses()
+    before = whole.losses()
+    assert again(whole, start, "whole").finish().losses() == before
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(start, tmp_path):
@@ -120,9 +121,6 @@ def test_other_ranks_or_stage_are_refused_in_one_line(whole, start):
 
 
 def test_weights_of_another_run_start_a_new_one(whole, start):
-    job = again(whole, start, "heir")
-    job.kill()
-    job.finish(ok=False)
     words = (*LONG, f"init_from={whole.dir}", "schedule.length=8 samples", "optim.lr=1e-9")
     words = (*words, f"data.vocabulary={whole.dir}/vocab.txt")
     for stage in ("z0", "z3"):

@@ -1,4 +1,5 @@
-"""The same numbers at every ZeRO stage, and at another number of ranks where mathematics says so."""
+"""The same numbers at every ZeRO stage, and at another number of ranks where mathematics says
+so."""
 
 import json
 
@@ -37,7 +38,8 @@ def test_all_zero_stages_train_alike_on_two_ranks(start):
 
 
 def test_one_rank_of_eight_equals_two_of_four_without_local_negatives(start):
-    """ITC and MLM do not depend on the split; ITM draws its negatives locally, so it is off here."""
+    """ITC and MLM do not depend on the split; ITM draws its negatives locally, so it is off
+    here."""
     words = (*STEPS, "objectives.itm=null")
     one = start("one", *words, ranks=1).finish()
     vocabulary = f"data.vocabulary={one.dir}/vocab.txt"
@@ -48,8 +50,8 @@ def test_one_rank_of_eight_equals_two_of_four_without_local_negatives(start):
 def test_hard_negatives_depend_on_the_split(start):
     """The documented exception: the first step's ITM differs, its ITC and MLM do not."""
     words = ("schedule.length=8 samples", "run.on_finish=nothing")
-    one = start("one", *words, ranks=1).finish()
-    two = start("two", *words, f"data.vocabulary={one.dir}/vocab.txt", ranks=2).finish()
+    one = start("one-itm", *words, ranks=1).finish()
+    two = start("two-itm", *words, f"data.vocabulary={one.dir}/vocab.txt", ranks=2).finish()
     a, b = one.losses()[1], two.losses()[1]
     assert a["itc"] == pytest.approx(b["itc"], rel=1e-5)
     assert a["mlm"] == pytest.approx(b["mlm"], rel=1e-5)
@@ -59,7 +61,9 @@ def test_hard_negatives_depend_on_the_split(start):
 def test_keep_ratio_one_everywhere_equals_pruning_off_bit_for_bit(start):
     words = ("schedule.length=40 samples", "run.on_finish=nothing")
     off = start("off", *words, "pruning.stages=[]").finish()
-    stages = "[{layer: 1, lookahead: 1, keep_ratio: 1.0}, {layer: 2, lookahead: 1, keep_ratio: 1.0}]"
+    stages = (
+        "[{layer: 1, lookahead: 1, keep_ratio: 1.0}, {layer: 2, lookahead: 1, keep_ratio: 1.0}]"
+    )
     vocabulary = f"data.vocabulary={off.dir}/vocab.txt"
     kept = start("kept", *words, f"pruning.stages={stages}", vocabulary).finish()
     assert kept.losses() == off.losses()
@@ -68,16 +72,18 @@ def test_keep_ratio_one_everywhere_equals_pruning_off_bit_for_bit(start):
 @pytest.mark.parametrize("json", ["z2", "z3"])
 def test_activation_checkpointing_changes_no_number(start, json):
     words = ("schedule.length=40 samples", "run.on_finish=nothing")
-    plain = start("plain", *words, json=json).finish()
+    plain = start(f"plain-{json}", *words, json=json).finish()
     again = ("model.vision.recompute=true", "model.text.recompute=true")
     vocabulary = f"data.vocabulary={plain.dir}/vocab.txt"
-    recomputed = start("again", *words, *again, vocabulary, json=json).finish()
+    recomputed = start(f"again-{json}", *words, *again, vocabulary, json=json).finish()
     assert recomputed.losses() == plain.losses()
 
 
 @pytest.mark.parametrize("json", ["z1", "z2", "z3"])
 def test_bf16_trains_and_its_teacher_averages_in_fp32(start, json):
-    job = start("half", *STEPS, "engine.precision=bf16", "teacher.momentum=0.999", json=json)
+    job = start(
+        f"half-{json}", *STEPS, "engine.precision=bf16", "teacher.momentum=0.999", json=json
+    )
     job.finish()
     losses = job.losses()
     assert losses[20]["mlm"] < losses[1]["mlm"]

@@ -200,6 +200,8 @@ def test_counts_of_the_released_constants_are_truncated_as_there(stages, base, k
 
 
 @settings(max_examples=25, deadline=None)
+@example(first=1, gap=1, ratios=[1.0, 1.0, 0.5], empty_stage="skip")
+@example(first=1, gap=1, ratios=[1.0, 1.0, 0.5], empty_stage="zero_token")
 @given(
     first=st.integers(0, 2),
     gap=st.integers(1, 2),
@@ -635,8 +637,11 @@ def test_the_towers_index_agrees_with_its_kept_sets(prune_points):
     [
         ([Stage(-1, 1, 0.5)], r"stages\[0\]: layer=-1, lookahead=1: a layer counts from 0"),
         ([Stage(0, 0, 0.5)], r"stages\[0\]: layer=0, lookahead=0: .* at least 1 block"),
-        ([Stage(4, 3, 0.5)], r"layer 4 \+ lookahead 3 is beyond .* 6 blocks; use lookahead <= 2"),
-        ([Stage(7, 1, 0.5)], r"layer 7 .* use lookahead <= 0 or an earlier layer"),
+        (
+            [Stage(4, 3, 0.5)],
+            r"layer 4 \+ lookahead 3 is beyond .* 6 blocks; use lookahead <= 2 or a",
+        ),
+        ([Stage(7, 1, 0.5)], r"layer 7 \+ lookahead 1 is beyond .* 6 blocks; use layer < 6$"),
         ([Stage(0, 1, 0.0)], r"stages\[0\]: keep_ratio=0.0 must lie in \(0, 1\]"),
         ([Stage(0, 1, 1.5)], r"keep_ratio=1.5 must lie in \(0, 1\]"),
         ([Stage(0, 1, float("nan"))], r"keep_ratio=nan must lie in \(0, 1\]"),
