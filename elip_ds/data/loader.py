@@ -6,6 +6,7 @@ and tokenize (pairs.py). Samples that could not be used are counted; too many of
 
 import logging
 import signal
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -34,7 +35,7 @@ class Intake:
     def __init__(self, run: Run, max_bad_share: float) -> None:
         self.read, self.bad = 0, 0
         self._run, self._max_bad_share = run, max_bad_share
-        self._noted: set[Skipped] = set()
+        self._met: Counter[Skipped] = Counter()
 
     def take(self, batch: Batch | UserError) -> Batch:
         """The batch, counted. Raises UserError when it is one, and when too much was bad so far."""
@@ -43,13 +44,15 @@ class Intake:
         self.read += len(batch) + len(batch.skipped)
         self.bad += len(batch.skipped)
         for skipped in batch.skipped:
-            if skipped not in self._noted:
-                self._noted.add(skipped)
+            if skipped not in self._met:
                 self._run.note_skipped(skipped.shard, skipped.key, skipped.reason)
+            self._met[skipped] += 1
         if self.read >= MIN_READ and self.bad > self._max_bad_share * self.read:
+            reasons = Counter(skipped.reason for skipped in self._met.elements())
             self._stop(
                 f"{self.bad} of {self.read} samples read cannot be used, more than "
-                f"data.max_bad_share={self._max_bad_share}; see {self._run.dir}/skipped.jsonl"
+                f"data.max_bad_share={self._max_bad_share}; most often: "
+                f"{reasons.most_common(1)[0][0]}; see {self._run.dir}/skipped.jsonl"
             )
         return batch
 

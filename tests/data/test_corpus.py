@@ -58,6 +58,17 @@ def test_the_built_in_scenes_are_written_once(tmp_path: Path, run: Run) -> None:
     assert sorted(names) == ["48px-3-2", "48px-4-2"]
 
 
+def test_scenes_that_cannot_be_written_or_are_gone(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "file").touch()
+    builtin = BuiltinConfig(dir=str(tmp_path / "file"), train=1, val=1)
+    with pytest.raises(UserError, match=rf"^data.builtin.dir={tmp_path}/file: File exists$"):
+        builtin_shards(builtin, run)
+    builtin = replace(builtin, dir=str(tmp_path / "scenes"))
+    builtin_shards(builtin, run)["val"][0].unlink()
+    with pytest.raises(UserError, match=r"/64px-1-1 lacks its val shards; delete the folder"):
+        builtin_shards(builtin, run)
+
+
 def test_the_configuration_knows_the_smallest_scene() -> None:
     BuiltinConfig(image_size=MIN_IMAGE_SIZE)
     with pytest.raises(UserError, match=f"{MIN_IMAGE_SIZE} or more"):

@@ -300,7 +300,7 @@ def test_too_many_bad_samples_stop_the_run(broken: DataConfig, run: Run) -> None
     assert 200 <= read < 216
     assert line == (
         f"{loader.bad} of {read} samples read cannot be used, more than data.max_bad_share=0.1; "
-        f"see {run.dir}/skipped.jsonl"
+        f"most often: no caption; see {run.dir}/skipped.jsonl"
     )
 
 
