@@ -28,9 +28,8 @@ def main(argv: list[str]) -> None:
     words = parse_arguments(argv)
     checkpoint = find_checkpoint(words.checkpoint)
     cfg = read_config(checkpoint / "config.yaml")
-    data = cfg.data
-    if words.shards:
-        data = dataclasses.replace(data, val=[ShardSource(words.shards)])
+    pairs = [ShardSource(words.shards)] if words.shards else cfg.data.val
+    data = dataclasses.replace(cfg.data, train=pairs, val=pairs)  # training shards may be gone
     run = Run(read_ranks(), checkpoint.parent, cfg.run.seed)
     vocabulary = read_vocabulary(checkpoint / "vocab.txt")
     _, held_out = build_loaders(

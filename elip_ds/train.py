@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
         recorder.scores(engine.evaluate(held_out))
     close_run(run, recorder, checkpoint, "done" if done else "stopped")
     dist.stop()
+    if checkpoint is None:
+        raise SystemExit(1)  # the log says why the last checkpoint could not be written
 
 
 if __name__ == "__main__":

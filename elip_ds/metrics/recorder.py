@@ -49,6 +49,7 @@ class Recorder:
         self.url: str | None = None
         self._exporter = Exporter() if run.first else None
         self._bad = 0
+        self._write_failed = False
         self._progress = Progress(total_samples) if run.first else None
         if self._exporter is not None:
             self._start_exporter(config)
@@ -208,8 +209,13 @@ class Recorder:
             log.error("loss %s is not finite at step %d", ", ".join(bad), record.step)
 
     def _write(self, line: dict[str, Any]) -> None:
-        with (self.run.dir / METRICS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with (self.run.dir / METRICS).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # metrics never stop a run
+            if not self._write_failed:
+                log.error("%s is not written: %s", self.run.dir / METRICS, error.strerror)
+            self._write_failed = True
 
     def _keep_lines_up_to(self, step: int) -> None:
         """Drop what a killed run wrote after the checkpoint that this start goes on from."""

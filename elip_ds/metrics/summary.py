@@ -1,6 +1,7 @@
 """The closing table of a run, and the same figures as summary.json."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from rich.table import Table
 
 from elip_ds.metrics.recorder import METRICS, Recorder
 from elip_ds.run import Run
+
+log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 
@@ -34,7 +37,10 @@ def close_run(run: Run, recorder: Recorder, checkpoint: Path | None, state: str)
         "checkpoint": str(checkpoint) if checkpoint else None,
         "metrics": str(run.dir / METRICS),
     }
-    run.write_text(path, json.dumps(summary, indent=1) + "\n")
+    try:
+        run.write_text(path, json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        log.error("%s is not written: %s", path, error.strerror)
     Console(highlight=False, soft_wrap=True).print(_table(summary))
 
 

@@ -24,21 +24,17 @@ def whole(start):
     return start("whole", *LONG).finish()
 
 
-def again(whole, start, name, **settings):
-    return start(name, *LONG, f"data.vocabulary={whole.dir}/vocab.txt", **settings)
-
-
 def test_the_same_run_twice_gives_the_same_losses_bit_for_bit(whole, start):
-    assert again(whole, start, "twice").finish().losses() == whole.losses()
+    assert start("twice", *LONG).finish().losses() == whole.losses()
 
 
 def test_a_killed_rank_ends_the_job_and_a_restart_repeats_the_rest_bit_for_bit(whole, start):
-    job = again(whole, start, "killed")
+    job = start("killed", *LONG)
     job.wait_for(lambda: len(job.losses()) >= 15, "15 steps")
     job.kill(1)
     job.finish(ok=False)  # rank 0 does not hang
     assert job.codes[1] == -signal.SIGKILL and job.codes[0] != 0
-    resumed = again(whole, start, "killed").finish()
+    resumed = start("killed", *LONG).finish()
     assert "resumed" in resumed.output[0]
     assert len(resumed.losses()) == 40
     assert resumed.losses() == whole.losses()
@@ -48,7 +44,7 @@ def test_a_killed_rank_ends_the_job_and_a_restart_repeats_the_rest_bit_for_bit(w
 def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(start, json):
     whole = start(f"whole-{json}", *LONG, json=json).finish()
     name = f"cut-{json}"
-    job = again(whole, start, name, json=json)
+    job = start(name, *LONG, json=json)
     folder = job.dir / "ckpt"
     job.wait_for((folder / "step-00000010").is_dir, "the first checkpoint")
     job.wait_for((folder / ".step-00000020.partial").is_dir, "the second one being written")
@@ -56,14 +52,14 @@ def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(start, json)
     job.finish(ok=False)
     assert not (folder / "step-00000020").exists()
     assert (folder / ".step-00000020.partial").is_dir()  # it really was cut
-    resumed = again(whole, start, name, json=json).finish()
+    resumed = start(name, *LONG, json=json).finish()
     assert "step 10, 80 samples seen" in resumed.output[0]
     assert resumed.losses() == whole.losses()
     assert not list(folder.glob(".step-*"))
 
 
 def test_a_signal_saves_after_the_step_and_the_next_start_goes_on(whole, start):
-    job = again(whole, start, "asked")
+    job = start("asked", *LONG)
     job.wait_for(lambda: len(job.losses()) >= 12, "12 steps")
     job.ranks[1].send_signal(signal.SIGUSR1)  # one rank hears of it, all stop
     job.finish()
@@ -71,7 +67,7 @@ def test_a_signal_saves_after_the_step_and_the_next_start_goes_on(whole, start):
     assert 12 <= stopped < 40
     assert json.loads((job.dir / "summary.json").read_text())["state"] == "stopped"
     assert job.newest().name == f"step-{stopped:08d}"
-    assert again(whole, start, "asked").finish().losses() == whole.losses()
+    assert start("asked", *LONG).finish().losses() == whole.losses()
 
 
 def test_only_the_newest_checkpoints_stay_and_latest_names_one(whole):
@@ -82,7 +78,7 @@ def test_only_the_newest_checkpoints_stay_and_latest_names_one(whole):
 
 def test_a_finished_run_is_not_trained_again(whole, start):
     before = whole.losses()
-    assert again(whole, start, "whole").finish().losses() == before
+    assert start("whole", *LONG).finish().losses() == before
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(start, tmp_path):
@@ -113,16 +109,15 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(start, tmp_path):
 
 
 def test_other_ranks_or_stage_are_refused_in_one_line(whole, start):
-    job = again(whole, start, "whole", ranks=1).finish(ok=False)
+    job = start("whole", *LONG, ranks=1).finish(ok=False)
     assert job.codes == [2]
     assert "world_size=2" in job.output[0].splitlines()[-1]
-    job = again(whole, start, "whole", json="z3").finish(ok=False)
+    job = start("whole", *LONG, json="z3").finish(ok=False)
     assert job.codes == [2, 2]
 
 
 def test_weights_of_another_run_start_a_new_one(whole, start):
     words = (*LONG, f"init_from={whole.dir}", "schedule.length=8 samples", "optim.lr=1e-9")
-    words = (*words, f"data.vocabulary={whole.dir}/vocab.txt")
     for stage in ("z0", "z3"):
         heir = start(f"heir-{stage}", *words, json=stage).finish()
         # The trained weights guess better than fresh ones did at their first step.
@@ -131,6 +126,6 @@ def test_weights_of_another_run_start_a_new_one(whole, start):
 
 def test_weights_of_another_model_are_refused_in_one_line(whole, start):
     words = (f"init_from={whole.dir}", "model.embed_dim=8", "objectives.itc.queue_size=16")
-    job = start("other", *LONG, *words, f"data.vocabulary={whole.dir}/vocab.txt").finish(ok=False)
+    job = start("other", *LONG, *words).finish(ok=False)
     assert job.codes == [2, 2]
     assert "another model" in job.output[0].splitlines()[-1]

@@ -20,11 +20,10 @@ def relative(a: dict[int, dict[str, float]], b: dict[int, dict[str, float]]) -> 
 def test_all_zero_stages_train_alike_on_two_ranks(start):
     """20 steps in fp32: losses to 1e-4, teacher to 1e-5, queues equal on both ranks."""
     plain = start("z0", *STEPS, json="z0").finish()
-    vocabulary = f"data.vocabulary={plain.dir}/vocab.txt"
     reference = load_file(plain.newest() / "weights.safetensors")
     assert len(plain.losses()) == 20
     for stage in ("z1", "z2", "z3", "z2_offload"):
-        job = start(stage, *STEPS, vocabulary, json=stage).finish()
+        job = start(stage, *STEPS, json=stage).finish()
         assert relative(job.losses(), plain.losses()) < 1e-4, stage
         weights = load_file(job.newest() / "weights.safetensors")
         assert weights.keys() == reference.keys()
@@ -42,8 +41,7 @@ def test_one_rank_of_eight_equals_two_of_four_without_local_negatives(start):
     here."""
     words = (*STEPS, "objectives.itm=null")
     one = start("one", *words, ranks=1).finish()
-    vocabulary = f"data.vocabulary={one.dir}/vocab.txt"
-    two = start("two", *words, vocabulary, ranks=2).finish()
+    two = start("two", *words, ranks=2).finish()
     assert relative(two.losses(), one.losses()) < 1e-5
 
 
@@ -51,7 +49,7 @@ def test_hard_negatives_depend_on_the_split(start):
     """The documented exception: the first step's ITM differs, its ITC and MLM do not."""
     words = ("schedule.length=8 samples", "run.on_finish=nothing")
     one = start("one-itm", *words, ranks=1).finish()
-    two = start("two-itm", *words, f"data.vocabulary={one.dir}/vocab.txt", ranks=2).finish()
+    two = start("two-itm", *words, ranks=2).finish()
     a, b = one.losses()[1], two.losses()[1]
     assert a["itc"] == pytest.approx(b["itc"], rel=1e-5)
     assert a["mlm"] == pytest.approx(b["mlm"], rel=1e-5)
@@ -64,8 +62,7 @@ def test_keep_ratio_one_everywhere_equals_pruning_off_bit_for_bit(start):
     stages = (
         "[{layer: 1, lookahead: 1, keep_ratio: 1.0}, {layer: 2, lookahead: 1, keep_ratio: 1.0}]"
     )
-    vocabulary = f"data.vocabulary={off.dir}/vocab.txt"
-    kept = start("kept", *words, f"pruning.stages={stages}", vocabulary).finish()
+    kept = start("kept", *words, f"pruning.stages={stages}").finish()
     assert kept.losses() == off.losses()
 
 
@@ -74,8 +71,7 @@ def test_activation_checkpointing_changes_no_number(start, json):
     words = ("schedule.length=40 samples", "run.on_finish=nothing")
     plain = start(f"plain-{json}", *words, json=json).finish()
     again = ("model.vision.recompute=true", "model.text.recompute=true")
-    vocabulary = f"data.vocabulary={plain.dir}/vocab.txt"
-    recomputed = start(f"again-{json}", *words, *again, vocabulary, json=json).finish()
+    recomputed = start(f"again-{json}", *words, *again, json=json).finish()
     assert recomputed.losses() == plain.losses()
 
 
@@ -99,8 +95,7 @@ def test_accumulated_micro_batches_take_the_same_samples_in_the_same_step(start)
     words = ("schedule.length=40 samples", "run.on_finish=nothing", "objectives.itm=null")
     words = (*words, "objectives.itc=null")
     whole = start("whole", *words, ranks=1).finish()
-    vocabulary = f"data.vocabulary={whole.dir}/vocab.txt"
-    micro = start("micro", *words, "batching.micro_batch_size=2", vocabulary).finish()
+    micro = start("micro", *words, "batching.micro_batch_size=2").finish()
     assert [line["samples_seen"] for line in micro.lines()] == [8, 16, 24, 32, 40]
     # A mean of means, so only near: words are not spread evenly over micro-batches.
     assert relative(micro.losses(), whole.losses()) < 0.05
