@@ -7,6 +7,7 @@ number of ranks wrote it. Images are encoded without their captions, hence unpru
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -18,7 +19,6 @@ from rich.table import Table
 from elip_ds.config import ShardSource, read_config
 from elip_ds.data import build_loaders, open_sources, read_vocabulary
 from elip_ds.dist import read_ranks
-from elip_ds.engine import find_checkpoint, load_weights
 from elip_ds.errors import exit_with
 from elip_ds.run import Run
 from elip_ds.tasks import build_pretrain
@@ -26,6 +26,8 @@ from elip_ds.tasks import build_pretrain
 
 def main(argv: list[str]) -> None:
     words = parse_arguments(argv)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's logger; stdout is for the scores
+        from elip_ds.engine import find_checkpoint, load_weights
     checkpoint = find_checkpoint(words.checkpoint)
     cfg = read_config(checkpoint / "config.yaml")
     pairs = [ShardSource(words.shards)] if words.shards else cfg.data.val

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from safetensors import SafetensorError
 
 from elip_ds.errors import UserError
 
@@ -67,7 +68,7 @@ def publish(partial: Path, final: Path, keep: int) -> None:
         flush(file)
     flush(partial)
     if final.exists():  # the same step again, after a resume: identical content
-        shutil.rmtree(final)
+        _remove(final)
     os.rename(partial, final)
     latest = final.parent / "latest"
     pointer = final.parent / ".latest.partial"
@@ -76,9 +77,13 @@ def publish(partial: Path, final: Path, keep: int) -> None:
     os.replace(pointer, latest)
     flush(final.parent)
     for old in list_checkpoints(final.parent)[:-keep]:
-        dying = old.with_name(f".old-{old.name}")
-        os.rename(old, dying)  # first lose the name, so that half a checkpoint is never one
-        shutil.rmtree(dying)
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    dying = checkpoint.with_name(f".old-{checkpoint.name}")
+    os.rename(checkpoint, dying)  # first lose the name, so that half a checkpoint is never one
+    shutil.rmtree(dying)
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -115,9 +120,13 @@ class CarefulFiles(TorchCheckpointEngine):
         """Note the first failed write under this, with its path."""
         try:
             yield
-        except (OSError, RuntimeError, ValueError) as error:
-            # torch's zip writer reports a full disk as RuntimeError, safetensors as its own error.
-            self.failure = self.failure or f"{path}: {error}"
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch's zip writer reports a full disk as RuntimeError, safetensors as its own error;
+            # neither always says so.
+            there = next(p for p in (Path(path), *Path(path).parents) if p.exists())
+            free = shutil.disk_usage(there).free / 1e6
+            reason = str(error).strip().splitlines()[0]
+            self.failure = self.failure or f"{path}: {reason}; {free:.1f} MB free there"
 
 
 def _harmless() -> list[Any]:

@@ -42,7 +42,7 @@ def read_weights(path: Path, task: nn.Module) -> dict[str, Tensor]:
         for name, parameter in task.named_parameters()
     }
     missing, extra = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
-    wrong = [k for k in expected.keys() & weights if tuple(weights[k].shape) != expected[k]]
+    wrong = [k for k in sorted(expected.keys() & weights) if tuple(weights[k].shape) != expected[k]]
     if missing or extra or wrong:
         detail = (
             f"{wrong[0]} is {tuple(weights[wrong[0]].shape)}, here {expected[wrong[0]]}"

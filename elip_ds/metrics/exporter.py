@@ -41,14 +41,15 @@ class Exporter:
         """Listen on the port or one of the next free ones. Returns the URL, or None with a warning:
         metrics never stop a run. Port 0 takes any free one.
         """
-        for offset in range(TRIES):
+        last = min(port + TRIES - 1, 65535)
+        for candidate in range(port, last + 1):
             try:
-                server, _ = start_http_server(port + offset, addr=address, registry=self.registry)
+                server, _ = start_http_server(candidate, addr=address, registry=self.registry)
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     continue
                 log.warning("no metrics endpoint on %s:%d: %s", address, port, error.strerror)
                 return None
             return f"http://{address}:{server.server_port}/metrics"
-        log.warning("no metrics endpoint: ports %d to %d are taken", port, port + TRIES - 1)
+        log.warning("no metrics endpoint: ports %d to %d are taken", port, last)
         return None

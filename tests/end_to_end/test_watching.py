@@ -1,0 +1,206 @@
+"""What one sees of a run: the endpoint while it trains, its files and scores after."""
+
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from conftest import tiny_words
+from end_to_end.jobs import ROOT, Job
+from prometheus_client.parser import text_string_to_metric_families
+
+from elip_ds.config import load_config
+from elip_ds.engine import find_checkpoint
+from elip_ds.engine.schedule import learning_rate
+from elip_ds.metrics import CATALOG
+
+pytestmark = pytest.mark.slow
+
+WORDS = (
+    "metrics.port=0",
+    "metrics.every=16 samples",  # two steps
+    "schedule.length=2048 samples",
+    "schedule.warmup=512 samples",
+    "checkpoint.every=64 samples",
+    "checkpoint.keep=1",
+    "eval.every=64 samples",
+    "optim.clip_norm=1.0",
+)
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+Samples = dict[tuple[str, str], float]
+
+
+def scrape(url: str) -> Samples:
+    """(sample name, its label's value) -> value; the info's first label."""
+    with OPENER.open(url, timeout=30) as answer:
+        families = [*text_string_to_metric_families(answer.read().decode())]
+    return {
+        (s.name, next(iter(s.labels.values()), "")): s.value for f in families for s in f.samples
+    }
+
+
+def labelled(samples: Samples, name: str) -> dict[str, float]:
+    return {label: value for (series, label), value in samples.items() if series == name}
+
+
+@dataclass
+class Watched:
+    """scraped, line: the endpoint and metrics.jsonl at the same step; late: the endpoint after the
+    first evaluation and checkpoint.
+    """
+
+    job: Job
+    scraped: Samples
+    line: dict[str, Any]
+    late: Samples
+    summary: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def watched(start) -> Watched:
+    job = start("watched", *WORDS, ranks=1)
+    file = job.dir / "metrics.url"
+    job.wait_for(file.exists, "the endpoint's address")
+    url = file.read_text().strip()
+    seen: list[tuple[Samples, dict[str, Any]]] = []
+
+    def caught_between_steps() -> bool:
+        """Values are set one by one, so a scrape in the middle of it is taken again."""
+        before = scrape(url)
+        after = scrape(url)
+        lines = {line["samples_seen"]: line for line in job.lines() if "losses" in line}
+        line = lines.get(int(before["elip_samples_seen", ""]))
+        if line is None or line["step"] < 3:
+            return False
+        names = ("elip_samples_seen", "elip_memory_used_bytes", "elip_learning_rate")
+        if any(before[name, ""] != after[name, ""] for name in names):
+            return False
+        if labelled(before, "elip_loss") != labelled(after, "elip_loss"):
+            return False
+        if before["elip_memory_used_bytes", ""] != line["memory_used_bytes"]:
+            return False
+        seen.append((after, line))
+        return True
+
+    job.wait_for(caught_between_steps, "a scrape between two steps")
+    late: list[Samples] = []
+
+    def evaluated_and_saved() -> bool:
+        late.append(scrape(url))
+        saved = late[-1]["elip_checkpoint_last_success_timestamp_seconds", ""]
+        return saved > 0 and ("elip_recall_ratio", "1") in late[-1]
+
+    job.wait_for(evaluated_and_saved, "an evaluation and a checkpoint")
+    assert job.ranks[0].poll() is None  # it was watched while it trained
+    job.finish()
+    return Watched(
+        job, *seen[0], late=late[-1], summary=json.loads((job.dir / "summary.json").read_text())
+    )
+
+
+def test_the_endpoint_agrees_with_the_file_while_the_run_trains(watched):
+    scraped, line = watched.scraped, watched.line
+    assert scraped["elip_samples_total", ""] == line["samples_seen"]
+    assert scraped["elip_step", ""] == scraped["elip_optimizer_steps_total", ""] == line["step"]
+    assert labelled(scraped, "elip_loss") == line["losses"]
+    assert set(line["losses"]) == {"itc", "itm", "mlm"}
+    assert labelled(scraped, "elip_signal") == line["logs"]
+    assert labelled(scraped, "elip_learning_rate") == {"": line["learning_rate"]}
+    assert scraped["elip_gradient_norm", ""] == line["gradient_norm"] > 0
+    assert scraped["elip_memory_peak_bytes", ""] == line["memory_peak_bytes"]
+    assert 2**20 < line["memory_used_bytes"] <= line["memory_peak_bytes"] * 1.01
+
+
+def test_kept_tokens_are_those_of_the_configuration(watched):
+    # 16 patches; 8 and then 4 stay, with the class token and one merged token per stage.
+    kept = labelled(watched.scraped, "elip_kept_tokens")
+    assert [kept[stage] for stage in ("0", "1")] == watched.line["kept_tokens"]
+    assert watched.summary["kept_tokens"] == watched.line["kept_tokens"]
+    assert len(kept) == 2 and 1 + 16 > kept["0"] > kept["1"] > 4
+
+
+def test_the_learning_rate_is_that_of_the_schedule(watched):
+    config = load_config(tiny_words(*WORDS))
+    for line in watched.job.lines():
+        if "losses" in line:
+            before = line["samples_seen"] - 8
+            expected = learning_rate(before, config.optim, config.schedule, 64)
+            assert line["learning_rate"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_parts_of_a_step_are_timed(watched):
+    phases = labelled(watched.late, "elip_step_phase_seconds_total")
+    assert set(phases) == {"data", "forward", "backward", "optimizer"}
+    assert all(seconds > 0 for seconds in phases.values())
+    assert sum(phases.values()) <= watched.late["elip_step_duration_seconds_sum", ""] * 1.05 + 0.5
+
+
+def test_every_series_of_the_catalog_is_really_there_and_no_other(watched):
+    endings = {"info": ("_info",), "histogram": ("_bucket", "_count", "_sum")}
+    expected = {e.name + end for e in CATALOG for end in endings.get(e.kind, ("",))}
+    assert {name for name, _ in watched.late} == expected
+
+
+def test_recalls_at_the_endpoint_are_those_of_the_file(watched):
+    scores = [line["scores"] for line in watched.job.lines() if "scores" in line]
+    recalls = labelled(watched.late, "elip_recall_ratio")
+    assert any(all(recalls[str(k)] == s[f"recall_at_{k}"] for k in (1, 5, 10)) for s in scores)
+
+
+def test_the_endpoint_ends_with_the_run(watched):
+    url = (watched.job.dir / "metrics.url").read_text().strip()
+    with pytest.raises(urllib.error.URLError):
+        scrape(url)
+
+
+def test_the_summary_says_what_came_of_it(watched):
+    summary, lines = watched.summary, watched.job.lines()
+    losses = [line["losses"] for line in lines if "losses" in line]
+    assert summary["state"] == "done"
+    assert summary["images_per_second"] > 0
+    assert (summary["losses_start"], summary["losses_end"]) == (losses[0], losses[-1])
+    assert lines[-1]["samples_seen"] == 2048
+    assert summary["candidates"] == 16
+    assert 0 <= summary["recall_at_1"] <= summary["recall_at_5"] <= summary["recall_at_10"] <= 1
+    assert summary["checkpoint"] == str(find_checkpoint(watched.job.dir))
+    assert (summary["world_size"], summary["device"]) == (1, "cpu")
+
+
+def test_the_closing_table_shows_the_same(watched):
+    table = watched.job.output[0].partition("watched: done")[2]
+    for word in ("throughput", "images/s", "loss itc", "loss itm", "loss mlm"):
+        assert word in table
+    assert " -> ".join(str(n) for n in watched.summary["kept_tokens"]) in table
+    assert f"{100 * watched.summary['recall_at_1']:.1f} %" in table
+    assert watched.summary["checkpoint"] in table
+
+
+def evaluate(*words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "elip_ds/eval.py", *words]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+
+
+def test_the_checkpoint_scores_the_same_afterwards(watched):
+    done = evaluate(watched.job.dir, "--json")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)  # and nothing else is on stdout
+    for key in ("recall_at_1", "recall_at_5", "recall_at_10", "candidates", "checkpoint"):
+        assert scores[key] == watched.summary[key], key
+
+
+def test_fewer_candidates_may_be_asked_for(watched):
+    done = evaluate(watched.summary["checkpoint"], "--max-samples", 8)
+    assert done.returncode == 0, done.stderr
+    assert "8 candidates" in done.stdout
+
+
+def test_a_folder_without_a_checkpoint_cannot_be_scored(tmp_path):
+    done = evaluate(tmp_path)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "[WARNING]" not in line]  # DeepSpeed's
+    assert line == f"error: {tmp_path} is neither a checkpoint nor a run that has one"
+    assert done.stdout == ""

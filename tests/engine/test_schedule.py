@@ -1,0 +1,91 @@
+"""Closed forms of the learning rate, and intervals against a plain list of multiples."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elip_ds.config.schema import OptimConfig, ScheduleConfig
+from elip_ds.engine import due
+from elip_ds.engine.schedule import learning_rate
+
+OPTIM = OptimConfig(lr=1e-3)
+SCHEDULE = ScheduleConfig(length="1000 samples", warmup="200 samples", warmup_lr=1e-5, min_lr=1e-4)
+
+
+def lr_at(samples_seen: int, schedule: ScheduleConfig = SCHEDULE, per_epoch: int = 100) -> float:
+    return learning_rate(samples_seen, OPTIM, schedule, per_epoch)
+
+
+@pytest.mark.parametrize(
+    ("samples_seen", "expected"),
+    [
+        (0, 1e-5),
+        (50, 1e-5 + 0.25 * (1e-3 - 1e-5)),
+        (100, (1e-5 + 1e-3) / 2),
+        (200, 1e-3),
+        (400, 1e-4 + (1e-3 - 1e-4) * (1 + math.sqrt(0.5)) / 2),  # a quarter of the cosine
+        (600, (1e-3 + 1e-4) / 2),
+        (800, 1e-4 + (1e-3 - 1e-4) * (1 - math.sqrt(0.5)) / 2),
+        (1000, 1e-4),
+    ],
+)
+def test_the_rate_is_a_line_and_then_half_a_cosine(samples_seen, expected):
+    assert lr_at(samples_seen) == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_warm_up_it_starts_at_the_peak():
+    assert lr_at(0, ScheduleConfig(length="1000 samples")) == OPTIM.lr
+
+
+def test_past_the_end_it_stays_at_the_lowest():
+    assert lr_at(1001) == lr_at(10**9) == pytest.approx(SCHEDULE.min_lr, rel=1e-12)
+
+
+def test_a_run_that_is_all_warm_up_is_defined_everywhere():
+    schedule = ScheduleConfig(length="200 samples", warmup="200 samples")
+    assert lr_at(199, schedule) < lr_at(200, schedule) == OPTIM.lr
+    assert lr_at(201, schedule) == pytest.approx(schedule.min_lr)
+
+
+def test_epochs_and_samples_of_the_same_length_are_one_schedule():
+    epochs = ScheduleConfig(length="10 epochs", warmup="2 epochs", warmup_lr=1e-5, min_lr=1e-4)
+    assert [lr_at(n, epochs) for n in range(1100)] == [lr_at(n) for n in range(1100)]
+
+
+def rates_of_a_run(batch_size: int) -> dict[int, float]:
+    return {seen: lr_at(seen) for seen in range(0, 1000, batch_size)}
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, 20, 250])
+def test_the_rate_depends_on_samples_and_not_on_steps(batch_size):
+    fine, coarse = rates_of_a_run(1), rates_of_a_run(batch_size)
+    assert coarse == {seen: fine[seen] for seen in coarse}
+
+
+@given(st.integers(0, 999))
+def test_it_rises_in_the_warm_up_and_falls_after(samples_seen):
+    rises = samples_seen < 200
+    assert (lr_at(samples_seen) < lr_at(samples_seen + 1)) == rises
+    assert 1e-5 <= lr_at(samples_seen) <= 1e-3
+
+
+@given(every=st.integers(1, 50), steps=st.lists(st.integers(1, 120), max_size=60))
+def test_a_step_is_due_exactly_when_a_multiple_lies_in_it(every, steps):
+    seen = 0
+    for step in steps:
+        crossed = any(n % every == 0 for n in range(seen + 1, seen + step + 1))
+        seen += step
+        assert due(seen, step, every) == crossed
+
+
+@given(every=st.integers(1, 200), step=st.integers(1, 200), count=st.integers(0, 100))
+def test_steps_within_the_interval_meet_each_multiple_once(every, step, count):
+    step = min(step, every)
+    met = sum(due(step * i, step, every) for i in range(1, count + 1))
+    assert met == step * count // every
+
+
+def test_an_interval_of_nothing_is_due_at_every_step():
+    assert due(8, 8, 0) and due(16, 8, 0)

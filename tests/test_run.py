@@ -1,0 +1,136 @@
+"""A run's folder, its stop flag and its notes, with one rank."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from conftest import tiny_words
+
+from elip_ds import dist
+from elip_ds.config import dump_config, load_config
+from elip_ds.run import CONFIG, Run, _claim_folder, _watch_signals, seed_everything
+
+
+def make_run(folder, rank: int = 0) -> Run:
+    return Run(dist.Ranks(rank, rank, 2, 2, torch.device("cpu")), folder, seed=0)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def signals():
+    """Puts back the handlers that a test replaces."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def config_with(*words: str):
+    return load_config(tiny_words(*words))
+
+
+def keep(run: Run, config) -> None:
+    (run.dir / CONFIG).write_text(dump_config(config))
+
+
+def test_a_fresh_folder_is_made_with_its_parents(tmp_path):
+    run = make_run(tmp_path / "a" / "b")
+    assert _claim_folder(run, config_with()) is None
+    assert run.dir.is_dir()
+
+
+def test_the_same_configuration_may_have_its_folder_again(run):
+    keep(run, config_with())
+    assert _claim_folder(run, config_with()) is None
+
+
+def test_another_configuration_may_not(run):
+    keep(run, config_with("optim.lr=0.5"))
+    problem = _claim_folder(run, config_with())
+    assert "optim.lr: 0.5 -> 0.001" in problem and "run.allow_config_change" in problem
+
+
+def test_another_configuration_may_with_a_word(run):
+    keep(run, config_with("optim.lr=0.5"))
+    assert _claim_folder(run, config_with("run.allow_config_change=true")) is None
+
+
+def test_of_many_changes_three_are_named_and_the_rest_counted(run):
+    words = ("optim.lr=1", "optim.eps=1", "optim.weight_decay=1", "run.seed=9")
+    keep(run, config_with(*words, "teacher.momentum=0.5"))
+    problem = _claim_folder(run, config_with())
+    assert problem.count(" -> ") == 3 and "and 2 more" in problem
+
+
+def test_a_folder_that_cannot_be_made_is_a_problem_and_no_traceback(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in _claim_folder(make_run(tmp_path / "file" / "run"), config_with())
+
+
+def test_a_run_stops_once_the_ranks_have_agreed(run):
+    run.stop_asked = True
+    assert not run.stopping
+    run.agree_to_stop()
+    assert run.stopping
+
+
+def test_nobody_stops_unasked(run):
+    run.agree_to_stop()
+    assert not run.stopping
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_asks_and_interrupts_nothing(run, signals, name):
+    _watch_signals(run)
+    os.kill(os.getpid(), getattr(signal, name))
+    assert run.stop_asked and not run.stopping
+
+
+def test_a_second_interrupt_from_the_keyboard_is_obeyed_at_once(run, signals):
+    _watch_signals(run)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)  # schedulers repeat themselves; only a person insists
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_skipped_sample_is_one_line_of_json(run):
+    run.note_skipped("a.tar", 'odd "key"\n', "no image")
+    run.note_skipped("b.tar", "k2", "caption is empty")
+    lines = (run.dir / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"shard": "a.tar", "key": 'odd "key"\n', "reason": "no image"},
+        {"shard": "b.tar", "key": "k2", "reason": "caption is empty"},
+    ]
+
+
+def test_a_small_file_is_replaced_whole(run):
+    path = run.dir / "summary.json"
+    for text in ("first", "second \N{SNOWMAN}"):
+        run.write_text(path, text)
+    assert path.read_text(encoding="utf-8") == "second \N{SNOWMAN}"
+    assert os.listdir(run.dir) == ["summary.json"]
+
+
+def test_the_first_rank_of_all_and_of_a_node_know_it(tmp_path):
+    first, second = make_run(tmp_path, 0), make_run(tmp_path, 1)
+    assert first.first and first.first_on_node
+    assert not second.first and not second.first_on_node
+    ranks = dataclasses.replace(second.ranks, local_rank=0)
+    assert not Run(ranks, tmp_path, 0).first and Run(ranks, tmp_path, 0).first_on_node
+
+
+def test_a_seed_gives_the_same_numbers_again():
+    draws = []
+    for _ in range(2):
+        seed_everything(2**32 + 3)
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws)
