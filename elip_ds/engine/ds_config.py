@@ -65,6 +65,13 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
             raise UserError(f"--deepspeed {path}: {key!r} does not belong there: {ELSEWHERE[key]}")
         if key not in KNOWN:
             raise UserError(f"--deepspeed {path}: {key!r} is no key; {suggest(key, KNOWN)}")
+    for key in (*PRECISIONS, "zero_optimization"):
+        if not isinstance(tree.get(key, {}), dict):
+            raise UserError(f"--deepspeed {path}: {key}={json.dumps(tree[key])}: an object {{...}}")
+    for key in PRECISIONS:
+        value = tree.get(key, {}).get("enabled", "auto")
+        if value != "auto" and not isinstance(value, bool):
+            raise UserError(f"--deepspeed {path}: {key}.enabled={value!r}: true, false or 'auto'")
     stage = tree.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"--deepspeed {path}: zero_optimization.stage={stage!r}: 0, 1, 2 or 3")

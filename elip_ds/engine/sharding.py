@@ -23,7 +23,7 @@ def local_tensor(parameter: Any) -> Tensor:
 
 
 def refresh(parameters: Iterable[Any]) -> None:
-    """Gather anew, from their shards, the small parameters that stay whole; collective at stage 3."""
+    """Gather the small parameters that stay whole anew from their shards; collective at stage 3."""
     persistent = [p for p in parameters if is_sharded(p) and getattr(p, "ds_persist", False)]
     if persistent:
         persistent[0].partition(persistent)

@@ -31,7 +31,7 @@ WARM_STEPS = 3
 
 
 class Recorder:
-    """Every rank has one and calls it alike, since losses are averaged over ranks; rank 0 writes."""
+    """Every rank has one and calls it alike, as losses are averaged over ranks; rank 0 writes."""
 
     def __init__(self, config: Config, run: Run, engine: Engine, loader: TrainLoader) -> None:
         self.run, self.engine = run, engine
@@ -40,6 +40,7 @@ class Recorder:
         self._losses: dict[str, Any] = {}
         self._logs: dict[str, Any] = {}
         self._steps = 0
+        self._last_record: StepRecord | None = None
         self._last_time = self._interval_start = time.perf_counter()
         self._timed_samples, self._timed_seconds, self._seen_steps = 0, 0.0, 0
         self.losses_start: dict[str, float] = {}
@@ -73,6 +74,7 @@ class Recorder:
             for name, value in part.items():
                 total[name] = total.get(name, 0.0) + value
         self._steps += 1
+        self._last_record = record
         if self._exporter is not None:
             self._count(record, seconds)
         if due(record.samples_seen, record.global_batch_size, self._every):
@@ -81,7 +83,7 @@ class Recorder:
 
     def scores(self, scores: dict[str, float]) -> None:
         """Held-out scores: to the log, the file and the endpoint."""
-        self._last_time = time.perf_counter()  # what went before was not training
+        self._leave_out_pause()
         self.last_scores = scores
         if self._exporter is None:
             return
@@ -99,13 +101,22 @@ class Recorder:
         )
 
     def saved(self, checkpoint: Path | None) -> None:
-        self._last_time = time.perf_counter()  # what went before was not training
+        self._leave_out_pause()
         if self._exporter is not None and checkpoint is not None:
             self._exporter["elip_checkpoint_last_success_timestamp_seconds"].set(time.time())
 
     def close(self) -> None:
+        """Write the steps after the last whole interval, if any. Every rank calls it."""
+        if self._steps and self._last_record is not None:
+            self._write_interval(self._last_record)
         if self._progress is not None:
             self._progress.close()
+
+    def _leave_out_pause(self) -> None:
+        """What went on since the last step was not training."""
+        now = time.perf_counter()
+        self._interval_start += now - self._last_time
+        self._last_time = now
 
     def _start_exporter(self, config: Config) -> None:
         assert self._exporter is not None
@@ -159,9 +170,9 @@ class Recorder:
         losses = {name: means[name] for name in self._losses}
         logs = {name: means[name] for name in self._logs}
         steps, self._steps, self._losses, self._logs = self._steps, 0, {}, {}
-        now = time.perf_counter()
-        rate = steps * record.global_batch_size / max(1e-9, now - self._interval_start)
-        self._interval_start = now
+        seconds = self._last_time - self._interval_start
+        rate = steps * record.global_batch_size / max(1e-9, seconds)
+        self._interval_start = self._last_time
         self.losses_start = self.losses_start or losses
         self.losses_end, self.kept_tokens = losses, record.kept_tokens
         if self._exporter is None:

@@ -204,3 +204,21 @@ def test_a_folder_without_a_checkpoint_cannot_be_scored(tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if "[WARNING]" not in line]  # DeepSpeed's
     assert line == f"error: {tmp_path} is neither a checkpoint nor a run that has one"
     assert done.stdout == ""
+
+
+def test_a_run_that_ends_within_an_interval_still_says_what_came_of_it(start):
+    words = ("metrics.every=48 samples", "schedule.length=64 samples")
+    job = start("short", *words, ranks=1).finish()
+    lines = [line for line in job.lines() if "losses" in line]
+    assert [line["step"] for line in lines] == [6, 8]
+    summary = json.loads((job.dir / "summary.json").read_text())
+    assert summary["losses_end"] == lines[-1]["losses"] != lines[0]["losses"]
+
+
+def test_a_run_shorter_than_an_interval_reports_losses_and_pruning(start):
+    words = ("metrics.every=1024 samples", "schedule.length=32 samples")
+    job = start("shorter", *words, ranks=2).finish()
+    summary = json.loads((job.dir / "summary.json").read_text())
+    assert set(summary["losses_start"]) == set(summary["losses_end"]) == {"itc", "itm", "mlm"}
+    assert len(summary["kept_tokens"]) == 2
+    assert "no pruning" not in job.output[0]

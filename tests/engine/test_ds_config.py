@@ -174,3 +174,19 @@ def test_the_json_may_fix_the_batch_but_not_contradict_the_config(tree, micro, e
             json_batch(tree, batching, world_size=2)
     else:
         assert json_batch(tree, batching, world_size=2) == (48, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"bf16": true}', "bf16=true: an object"),
+        ('{"zero_optimization": 2}', "zero_optimization=2: an object"),
+        ('{"fp16": {"enabled": 1}}', "fp16.enabled=1: true, false or 'auto'"),
+        ('{"bf16": {"enabled": "yes"}}', "bf16.enabled='yes': true, false or 'auto'"),
+    ],
+)
+def test_a_section_of_the_wrong_form_is_named_and_not_passed_over(tmp_path, text, says):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_ds_config(str(path))
