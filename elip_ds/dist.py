@@ -6,6 +6,7 @@ Row order everywhere: rank 0's rows first, then rank 1's, ...
 
 import datetime
 import os
+import re
 import socket
 from dataclasses import dataclass
 
@@ -34,7 +35,9 @@ def read_ranks() -> Ranks:
     if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        env["LOCAL_WORLD_SIZE"] = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0]
+        # "2(x3),1" is 2 tasks on each of three nodes, then 1; of this node only the first is known.
+        tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+        env["LOCAL_WORLD_SIZE"] = tasks[0] if tasks else "1"
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank = int(env.get("LOCAL_RANK", 0))
     local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))

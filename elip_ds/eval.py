@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     cfg = read_config(checkpoint / "config.yaml")
     pairs = [ShardSource(words.shards)] if words.shards else cfg.data.val
     data = dataclasses.replace(cfg.data, train=pairs, val=pairs)  # training shards may be gone
-    run = Run(read_ranks(), checkpoint.parent, cfg.run.seed)
+    run = Run(read_ranks(), checkpoint.parent.parent, cfg.run.seed)
     vocabulary = read_vocabulary(checkpoint / "vocab.txt")
     _, held_out = build_loaders(
         data,

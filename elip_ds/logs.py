@@ -1,7 +1,6 @@
 """Logging set-up: rank 0 speaks at INFO, the others from WARNING on."""
 
 import logging
-import os
 
 
 def setup_logging(rank: int) -> None:
@@ -13,5 +12,3 @@ def setup_logging(rank: int) -> None:
         datefmt="%H:%M:%S",
         force=True,
     )
-    # DeepSpeed logs each set-up detail at INFO; it is one environment variable away when wanted.
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")

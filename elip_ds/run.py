@@ -21,6 +21,8 @@ from elip_ds.logs import setup_logging
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+STOP_EVERY = 10
+"Steps between two agreements on stopping; each waits for the device once."
 
 
 @dataclass
@@ -59,8 +61,10 @@ class Run:
         """True on all ranks, or on none, once agree_to_stop has heard of a signal."""
         return self._stopping
 
-    def agree_to_stop(self) -> None:
-        """All ranks learn whether any was asked to stop. A collective: call it on all ranks."""
+    def agree_to_stop(self, step: int = 0) -> None:
+        """Every few steps all ranks learn whether any was asked to stop. Every rank calls it."""
+        if step % STOP_EVERY:
+            return
         asked = torch.tensor([int(self.stop_asked)], device=self.device)
         self._stopping = bool(dist.max_over_ranks(asked).item())
 
@@ -79,8 +83,11 @@ class Run:
         path = self.dir / "skipped.jsonl"
         if not path.exists():
             log.warning("skipped sample %s of %s (%s); more in %s", key, shard, reason, path)
-        with path.open("a") as file:
-            file.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
+        except OSError as error:  # a full disk stops no run here
+            log.warning("%s is not written: %s", path, error.strerror)
 
 
 def start_run(config: Config) -> Run:
@@ -119,7 +126,10 @@ def _claim_folder(run: Run, config: Config) -> str | None:
     if not kept.exists() or config.run.allow_config_change:
         return None
     changed = changed_keys(read_config(kept), config)
-    if not changed:
+    trained = (run.dir / "metrics.jsonl").exists() or any((run.dir / "ckpt").glob("step-*"))
+    if changed and not trained:  # an earlier start went no further than its faults
+        (run.dir / "vocab.txt").unlink(missing_ok=True)
+    if not changed or not trained:
         return None
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return (
@@ -133,7 +143,7 @@ def _watch_signals(run: Run) -> None:
         if run.stop_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.stop_asked = True
-        log.warning("%s: saving after this step", signal.Signals(number).name)
+        log.warning("%s: saving within %d steps", signal.Signals(number).name, STOP_EVERY)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, ask)

@@ -41,6 +41,9 @@ def tiny_words(*changes: str) -> list[str]:
         "pruning.stages=[{layer: 1, lookahead: 1, keep_ratio: 0.5}, "
         "{layer: 2, lookahead: 1, keep_ratio: 0.25}]",
         "objectives.itc.queue_size=32",
+        "objectives.itc.alpha=0.4",
+        "objectives.mlm.alpha=0.4",
+        "teacher.momentum=0.995",
         "optim.lr=1e-3",
         "schedule.length=64 samples",
         "schedule.warmup=0 samples",

@@ -66,7 +66,6 @@ def test_a_slurm_step_is_read(ranks_from, per_node):
     assert ranks_from(**SLURM, SLURM_STEP_TASKS_PER_NODE=per_node) == (5, 1, 8, 4)
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="dist.read_ranks reads 'n(xm)' only")
 def test_a_slurm_step_of_uneven_nodes_is_read(ranks_from):
     assert ranks_from(**SLURM, SLURM_STEP_TASKS_PER_NODE="4,3") == (5, 1, 8, 4)
 

@@ -37,8 +37,10 @@ def config_with(*words: str):
     return load_config(tiny_words(*words))
 
 
-def keep(run: Run, config) -> None:
+def keep(run: Run, config, *, trained: bool = True) -> None:
     (run.dir / CONFIG).write_text(dump_config(config))
+    if trained:
+        (run.dir / "metrics.jsonl").write_text("")
 
 
 def test_a_fresh_folder_is_made_with_its_parents(tmp_path):
@@ -56,6 +58,13 @@ def test_another_configuration_may_not(run):
     keep(run, config_with("optim.lr=0.5"))
     problem = _claim_folder(run, config_with())
     assert "optim.lr: 0.5 -> 0.001" in problem and "run.allow_config_change" in problem
+
+
+def test_a_start_that_never_trained_claims_no_folder(run):
+    keep(run, config_with("optim.lr=0.5"), trained=False)
+    (run.dir / "vocab.txt").write_text("of other captions")
+    assert _claim_folder(run, config_with()) is None
+    assert not (run.dir / "vocab.txt").exists()
 
 
 def test_another_configuration_may_with_a_word(run):

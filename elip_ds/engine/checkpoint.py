@@ -125,7 +125,7 @@ class CarefulFiles(TorchCheckpointEngine):
             # neither always says so.
             there = next(p for p in (Path(path), *Path(path).parents) if p.exists())
             free = shutil.disk_usage(there).free / 1e6
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.failure = self.failure or f"{path}: {reason}; {free:.1f} MB free there"
 
 

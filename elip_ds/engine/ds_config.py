@@ -89,7 +89,7 @@ def json_batch(
     micro: int | str = batching.micro_batch_size
     given = {key: tree[key] for key in BATCH_KEYS if tree.get(key, "auto") != "auto"}
     for key, value in given.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"DeepSpeed JSON: {key}={value!r}: 'auto', or a number from 1")
     size = given.get("train_batch_size", total)
     if size != total:

@@ -13,8 +13,8 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-from safetensors.torch import load_file, save_file
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
 from torch import Tensor
 
 import elip_ds
@@ -27,7 +27,7 @@ from elip_ds.engine.ds_config import fill_ds_config
 from elip_ds.engine.optim import build_optimizer
 from elip_ds.engine.schedule import learning_rate
 from elip_ds.engine.sharding import gather_whole, local_tensor, refresh, shard_of
-from elip_ds.engine.weights import read_weights
+from elip_ds.engine.weights import load_weights, read_tensors
 from elip_ds.errors import UserError
 from elip_ds.objectives import Progress
 from elip_ds.run import Run
@@ -69,7 +69,12 @@ class Engine:
         self.ds_config = fill_ds_config(
             ds_tree, engine=config.engine, optim=config.optim, plan=plan, device=run.device
         )
-        offload = "offload_optimizer" in self.ds_config["zero_optimization"]
+        target = self.ds_config["zero_optimization"].get("offload_optimizer") or {}
+        offload = target.get("device", "none") != "none"
+        if config.init_from is not None and not files.list_checkpoints(self.folder):
+            source = files.find_checkpoint(Path(config.init_from))
+            load_weights(source, task)  # before DeepSpeed shards and rounds them
+            log.info("started from the weights of %s", source)
         optimizer = build_optimizer(task, config.optim, offload=offload, device=run.device)
         if run.device.type == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce for over a minute; gloo has one.
@@ -152,14 +157,10 @@ class Engine:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     def resume(self, loader: TrainLoader) -> None:
-        """Go on from the run's newest checkpoint, else from init_from's weights, else fresh."""
+        """Go on from the run's newest checkpoint, if there is one."""
         found = files.list_checkpoints(self.folder)
         if found:
             self._load(found[-1], loader)
-        elif self.config.init_from is not None:
-            source = files.find_checkpoint(Path(self.config.init_from))
-            self._load_weights(source)
-            log.info("started from the weights of %s", source)
 
     def evaluate(self, held_out: HeldOut) -> dict[str, float]:
         """The task's held-out scores. Every rank calls it."""
@@ -170,7 +171,7 @@ class Engine:
         before stays as it was, and the reason is in the log. Every rank calls it.
         """
         final = self.folder / files.checkpoint_name(self.step)
-        if final.is_dir():  # nothing happened since it was written
+        if final in files.list_checkpoints(self.folder):  # nothing happened since it was written
             return final
         partial = self.folder / f".{final.name}.partial"
         self._files.failure = None
@@ -290,8 +291,8 @@ class Engine:
         )
         if done is None:
             raise UserError(f"{path} has no DeepSpeed files for this start")
-        self._load_teacher(load_file(path / files.WEIGHTS))
-        self.task.load_state(load_file(path / files.STATE, device=str(self.run.device)))
+        self._load_teacher(read_tensors(path / files.WEIGHTS))
+        self.task.load_state(read_tensors(path / files.STATE, str(self.run.device)))
         self._load_rng(path)
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         loader.seek(self.samples_seen)
@@ -316,19 +317,6 @@ class Engine:
     def _refresh_teacher(self) -> None:
         if self.task.teacher is not None:
             refresh(self.task.teacher.parameters())
-
-    def _load_weights(self, path: Path) -> None:
-        weights = read_weights(path, self.task)
-        with torch.no_grad():
-            for name, parameter in self.task.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                value = weights[name].to(self.run.device)
-                local_tensor(parameter).copy_(shard_of(parameter, value))
-                if self.stage or self._half:
-                    safe_set_full_fp32_param(parameter, value)
-            refresh(self.task.parameters())
-        self._load_teacher(weights)
 
 
 class _Clock:

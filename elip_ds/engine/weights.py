@@ -19,6 +19,14 @@ def saved_name(name: str) -> str:
     return name.replace("teacher.model.", "teacher.", 1)
 
 
+def read_tensors(file: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """A safetensors file. Raises UserError when it is not there, cut or no such file."""
+    try:
+        return load_file(file, device=device)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
 @torch.no_grad()
 def load_weights(path: Path, task: nn.Module) -> None:
     """Copy a checkpoint's weights into a task that no engine has touched yet."""
@@ -32,11 +40,7 @@ def read_weights(path: Path, task: nn.Module) -> dict[str, Tensor]:
 
     Raises UserError, naming the first difference, when they are another model's.
     """
-    file = path / WEIGHTS
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    weights = read_tensors(path / WEIGHTS)
     expected = {
         saved_name(name): tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in task.named_parameters()

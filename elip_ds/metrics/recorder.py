@@ -78,7 +78,6 @@ class Recorder:
         if self._exporter is not None:
             self._count(record, seconds)
         if due(record.samples_seen, record.global_batch_size, self._every):
-            self.run.agree_to_stop()
             self._write_interval(record)
 
     def scores(self, scores: dict[str, float]) -> None:
@@ -222,7 +221,7 @@ class Recorder:
     def _write(self, line: dict[str, Any]) -> None:
         try:
             with (self.run.dir / METRICS).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(_strict(line)) + "\n")
         except OSError as error:  # metrics never stop a run
             if not self._write_failed:
                 log.error("%s is not written: %s", self.run.dir / METRICS, error.strerror)
@@ -244,6 +243,13 @@ class Recorder:
                 if "losses" in line:
                     self.losses_start = self.losses_start or line["losses"]
         self.run.write_text(path, "".join(f"{text}\n" for text in kept))
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinities, which JSON has no word for, as null."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean_over_ranks(sums: list[Tensor], steps: int) -> list[float]:

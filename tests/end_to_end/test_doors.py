@@ -1,4 +1,4 @@
-"""Bad input at the door of train.py: one clear line and exit status 2, before any rank starts work."""
+"""Bad input at the door of train.py: one clear line, exit status 2, before any work starts."""
 
 import os
 import subprocess
@@ -91,8 +91,14 @@ def test_a_folder_of_another_configuration_needs_a_word(refuse, tmp_path):
     folder = tmp_path / "runs" / "demo"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(load_config(tiny_words("optim.lr=0.5"))))
+    (folder / "metrics.jsonl").write_text("")
     line = refuse()
     assert "optim.lr: 0.5 -> 0.001" in line and "run.allow_config_change=true" in line
+
+
+def test_a_start_that_failed_at_the_door_claims_no_folder(refuse):
+    assert "data.train" in refuse("data.train=nowhere/*.tar")
+    assert "nearest" in refuse("batching.micro_batch_size=3")  # its own fault, not the folder's
 
 
 def test_a_folder_that_cannot_be_made_is_named(refuse, tmp_path):
