@@ -1,5 +1,13 @@
 """Runs a task under DeepSpeed; the only room that imports it."""
 
+import os
+
+import torch
+
+if not torch.accelerator.is_available():
+    # DeepSpeed would find this out too, with a warning on stdout from every process.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 from elip_ds.engine.checkpoint import find_checkpoint, list_checkpoints, read_meta
 from elip_ds.engine.ds_config import json_batch, read_ds_config
 from elip_ds.engine.engine import Engine, StepRecord
