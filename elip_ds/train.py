@@ -7,7 +7,7 @@ from elip_ds.batching import plan_batch
 from elip_ds.config import duration_in_samples, load_config
 from elip_ds.data import build_loaders, build_vocabulary, open_sources
 from elip_ds.engine import Engine, due, json_batch, read_ds_config
-from elip_ds.errors import exit_with
+from elip_ds.errors import exit_with, leave
 from elip_ds.metrics import Recorder, close_run
 from elip_ds.run import start_run
 from elip_ds.tasks import build_pretrain, min_micro_batch
@@ -58,3 +58,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     exit_with(main, sys.argv[1:])
+    leave()  # all is on disk

@@ -42,6 +42,7 @@ def tiny_words(*changes: str) -> list[str]:
         "{layer: 2, lookahead: 1, keep_ratio: 0.25}]",
         "objectives.itc.queue_size=32",
         "objectives.itc.alpha=0.4",
+        "objectives.itc.weight=1.0",
         "objectives.mlm.alpha=0.4",
         "teacher.momentum=0.995",
         "optim.lr=1e-3",
