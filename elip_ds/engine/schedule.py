@@ -9,8 +9,10 @@ from elip_ds.config.schema import OptimConfig, ScheduleConfig
 def learning_rate(
     samples_seen: int, optim: OptimConfig, schedule: ScheduleConfig, samples_per_epoch: int
 ) -> float:
-    """Linear warm-up from warmup_lr to lr, then a cosine that reaches min_lr at the end.
+    """Linear warm-up from warmup_lr to lr, then down to min_lr.
 
+    cosine (ALBEF, CLIP) and linear (METER) reach it at the end; exponential (BLIP) multiplies by
+    decay at every whole epoch and stays above it.
     # differs from ALBEF, whose warm-up is a staircase of iterations inside the first epoch and
     # whose cosine steps once an epoch: both are cut off or coarse at a large batch.
     """
@@ -18,8 +20,13 @@ def learning_rate(
     length = duration_in_samples(schedule.length, samples_per_epoch)
     if samples_seen < warmup:
         return schedule.warmup_lr + (optim.lr - schedule.warmup_lr) * samples_seen / warmup
+    if schedule.shape == "exponential":
+        return max(
+            schedule.min_lr, optim.lr * schedule.decay ** (samples_seen // samples_per_epoch)
+        )
     done = min(1.0, (samples_seen - warmup) / max(1, length - warmup))
-    return schedule.min_lr + (optim.lr - schedule.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    left = 1 - done if schedule.shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return schedule.min_lr + (optim.lr - schedule.min_lr) * left
 
 
 def due(samples_seen: int, step_samples: int, every_samples: int) -> bool:

@@ -7,19 +7,19 @@ B batch, L text tokens, M image tokens, D width, E joint space, V vocabulary.
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_ds.config import PruningConfig
 from elip_ds.errors import UserError
-from elip_ds.models.features import ImageFeatures, TextFeatures
+from elip_ds.models.features import Fused, ImageFeatures, TextFeatures
+from elip_ds.models.joint import ModelConfig, Temperature, unit
 from elip_ds.towers import BERT, BERTConfig, ViT, ViTConfig, check_stages
 
 
 @dataclass(frozen=True)
-class ALBEFConfig:
+class ALBEFConfig(ModelConfig):
     name: str = "albef"
     vision: ViTConfig = field(default_factory=ViTConfig)
     text: BERTConfig = field(default_factory=BERTConfig)
@@ -40,6 +40,8 @@ class ALBEFConfig:
 
 class ALBEF(nn.Module):
     Config = ALBEFConfig
+    gives: ClassVar = frozenset({"joint_space", "fusion", "words"})
+    prunes_in_match: ClassVar = False  # at test the released code encodes images without text
 
     def __init__(self, config: ALBEFConfig, pruning: PruningConfig) -> None:
         super().__init__()
@@ -50,44 +52,32 @@ class ALBEF(nn.Module):
         self.text_proj = nn.Linear(config.text.width, config.embed_dim)
         self.temperature = Temperature(config.temperature)
 
+    @property
+    def pooled_width(self) -> int:
+        """Of Fused.pooled; 0 where the model fuses nothing."""
+        return self.config.text.width
+
+    @property
+    def embed_dim(self) -> int:
+        """Of the joint space; 0 where there is none."""
+        return self.config.embed_dim
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
         """input_ids, attention_mask: (B, L)."""
         states = self.text.encode(input_ids, attention_mask)
-        return TextFeatures(states, attention_mask, _unit(self.text_proj(states[:, 0])))
+        feat = unit(self.text_proj(states[:, 0]))
+        return TextFeatures(input_ids, attention_mask, states, states[:, 0], feat)
 
     def encode_image(self, images: Tensor, guide: TextFeatures | None = None) -> ImageFeatures:
-        """images: (B, 3, S, S), normalised.  guide: each image's own caption; None: no pruning."""
-        text_class = None if guide is None else guide.text_embeds[:, 0]
-        tokens, keep = self.visual(images, text_class)
-        return ImageFeatures(tokens, _unit(self.vision_proj(tokens[:, 0])), keep)
+        """images: (B, 3, H, W), normalised.  guide: each image's own caption; None: no pruning."""
+        tokens, keep = self.visual(images, None if guide is None else guide.text_class)
+        return ImageFeatures(tokens, keep, unit(self.vision_proj(tokens[:, 0])))
 
-    def fuse(self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
-        """(B, L, D), (B, L), (B, M, D) -> (B, L, D): text states that have seen the image."""
-        return self.text.fuse(text_embeds, attention_mask, image_embeds)
+    def fuse(self, text: TextFeatures, image: ImageFeatures) -> Fused:
+        """Row i of the text reads row i of the image."""
+        states = self.text.fuse(text.text_embeds, text.attention_mask, image.image_embeds)
+        return Fused(states, states[:, 0])
 
-    def decode(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> word logits (..., V)."""
+    def word_logits(self, hidden: Tensor) -> Tensor:
+        """Masked words guessed: (..., D) -> (..., V)."""
         return self.text.decode(hidden)
-
-
-class Temperature(nn.Module):
-    """The learned temperature of the contrastive logits, clamped to [0.001, 0.5].
-
-    # differs from ALBEF, which clamps the parameter in place at every forward: under ZeRO the fp32
-    # master would undo that. The clamped value is used here and the gradient passes straight
-    # through.
-    Of shape (1,), because DeepSpeed cannot broadcast 0-d parameters.
-    """
-
-    def __init__(self, start: float) -> None:
-        super().__init__()
-        self.temperature = nn.Parameter(torch.full((1,), start))
-
-    def forward(self) -> Tensor:
-        """(1,), fp32."""
-        value = self.temperature.float()
-        return value + (value.clamp(0.001, 0.5) - value).detach()
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.float(), dim=-1)

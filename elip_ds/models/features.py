@@ -1,9 +1,11 @@
 """What every model hands to the objectives.
 
-B batch, L text tokens, M image tokens that remain after pruning, D width, E joint space.
+B batch, L text tokens, M image tokens that remain after pruning, D width of the text tower, W of
+the vision tower, E joint space, P what a matching head reads.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,21 +14,50 @@ from elip_ds.towers import KeepIndex
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """text_embeds: (B, L, D) states of the text half, [CLS] first.  attention_mask: (B, L).
-    text_feat: (B, E) projected [CLS], L2-normalised, fp32.
+    """input_ids, attention_mask: (B, L).  text_embeds: (B, L, D) states of the text alone.
+    text_class: (B, W) guides the pruning of an image.
+    text_feat: (B, E) in the joint space, L2-normalised, fp32; None where the model has no such.
     """
 
-    text_embeds: Tensor
+    input_ids: Tensor
     attention_mask: Tensor
-    text_feat: Tensor
+    text_embeds: Tensor
+    text_class: Tensor
+    text_feat: Tensor | None = None
+
+    def take(self, rows: Tensor) -> "TextFeatures":
+        """The samples of these row numbers, in that order, any of them several times."""
+        return TextFeatures(
+            self.input_ids[rows],
+            self.attention_mask[rows],
+            self.text_embeds[rows],
+            self.text_class[rows],
+            None if self.text_feat is None else self.text_feat[rows],
+        )
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """image_embeds: (B, M, D), class token first.  image_feat: (B, E) projected class token,
-    L2-normalised, fp32.  keep: what pruning did.
+    """image_embeds: (B, M, W), class token first.  keep: what pruning did.
+    image_feat: (B, E) in the joint space, L2-normalised, fp32; None where the model has no such.
     """
 
     image_embeds: Tensor
-    image_feat: Tensor
     keep: KeepIndex
+    image_feat: Tensor | None = None
+
+    def take(self, rows: Tensor) -> "ImageFeatures":
+        """The samples of these row numbers, in that order, any of them several times."""
+        keep = self.keep
+        return ImageFeatures(
+            self.image_embeds[rows],
+            KeepIndex(keep.origin[rows], keep.owner[rows], keep.share[rows], keep.lengths),
+            None if self.image_feat is None else self.image_feat[rows],
+        )
+
+
+class Fused(NamedTuple):
+    """text: (B, L, D) text states that have seen the image.  pooled: (B, P) for a matching head."""
+
+    text: Tensor
+    pooled: Tensor

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_ds.data import Batch
-from elip_ds.models import ImageFeatures, TextFeatures
+from elip_ds.models import Fused, ImageFeatures, TextFeatures
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class ObjectiveConfig:
 class Setup:
     """What an objective may build its parts from.
 
-    width: of the fused text states.  embed_dim: of the joint space.  vocab_size: words that exist.
-    special_ids: of [PAD], [CLS], [MASK], ...
+    pooled_width: of Fused.pooled, 0 where the model fuses nothing.  embed_dim: of the joint space,
+    0 where there is none.  vocab_size: words that exist.  special_ids: of [PAD], [CLS], [MASK], ...
     """
 
-    width: int
+    pooled_width: int
     embed_dim: int
     vocab_size: int
     special_ids: dict[str, int]
@@ -45,11 +45,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training is. step: optimizer steps done.  samples_seen: before this global batch."""
+    """Where training is. step: optimizer steps done.  samples_seen: before this global batch.
+    micro_step: number of the micro-batch among the micro_steps of this optimizer step.
+    """
 
     step: int
     samples_seen: int
     samples_per_epoch: int
+    micro_step: int = 0
+    micro_steps: int = 1
 
     @property
     def epoch(self) -> float:
@@ -68,19 +72,25 @@ class Loss(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A forward pass. tower: text, image or fusion.  who: student or teacher.  text: name of a text
-    of the context; for an image pass, the one that guides its pruning.
+    """A forward pass.
+
+    tower: text, image, fusion, or decoder.  who: student or teacher.
+    text: name of a text of the context.  view: name of one of its images.
+    guide: the text that guides the pruning of the image; None: no pruning.
     """
 
     tower: str
     who: str = "student"
     text: str = "clean"
+    view: str = "main"
+    guide: str | None = "clean"
 
 
 class StepContext:
     """One micro-batch on its way through the objectives.
 
     texts: name -> (input_ids, attention_mask), each (B, L); starts with "clean".
+    views: name -> images (B, 3, H, W); starts with "main".
     given: what earlier objectives hand to later ones (see Objective.gives).
     """
 
@@ -95,14 +105,16 @@ class StepContext:
     ) -> None:
         self.batch, self.progress = batch, progress
         self.texts = {"clean": (batch.input_ids, batch.attention_mask)}
+        self.views = {"main": batch.images}
         self.given: dict[str, Tensor] = {}
         self.passes: dict[Pass, Any] = {}
         self._models, self._seed, self._prune_teacher = models, seed, prune_teacher
 
     def run(self, spec: Pass) -> Any:
-        """The result of a pass, computed on first use: TextFeatures, ImageFeatures, or for fusion
-        the text states (B, L, D). The teacher's passes carry no gradient.
+        """The result of a pass, computed on first use: TextFeatures, ImageFeatures, Fused, or for
+        the decoder its states (B, L, D). The teacher's passes carry no gradient.
         """
+        spec = self._plain(spec)
         if spec not in self.passes:
             with torch.set_grad_enabled(torch.is_grad_enabled() and spec.who == "student"):
                 self.passes[spec] = getattr(self, f"_run_{spec.tower}")(spec)
@@ -124,21 +136,28 @@ class StepContext:
         positions = torch.arange(per_sample, device=keys.device)
         return (_mix(keys + positions) & 0xFFFFFF).float() / 0x1000000
 
+    def _plain(self, spec: Pass) -> Pass:
+        """Equal passes get equal names: what a tower does not read goes back to its default."""
+        if spec.who == "teacher" and not self._prune_teacher:
+            spec = spec._replace(guide=None)
+        if spec.tower == "text":
+            return Pass("text", spec.who, spec.text)
+        return spec._replace(text="clean") if spec.tower == "image" else spec
+
     def _run_text(self, spec: Pass) -> TextFeatures:
         return self._models[spec.who].encode_text(*self.texts[spec.text])
 
     def _run_image(self, spec: Pass) -> ImageFeatures:
-        guided = spec.who == "student" or self._prune_teacher
-        guide = self.run(spec._replace(tower="text")) if guided else None
-        return self._models[spec.who].encode_image(self.batch.images, guide)
+        guide = None if spec.guide is None else self.run(Pass("text", spec.who, spec.guide))
+        return self._models[spec.who].encode_image(self.views[spec.view], guide)
 
-    def _run_fusion(self, spec: Pass) -> Tensor:
+    def _run_fusion(self, spec: Pass) -> Fused:
         text = self.run(spec._replace(tower="text"))
-        # The image tokens are always those that the clean caption chose.
-        image = self.run(Pass("image", spec.who))
-        return self._models[spec.who].fuse(
-            text.text_embeds, text.attention_mask, image.image_embeds
-        )
+        return self._models[spec.who].fuse(text, self.run(spec._replace(tower="image")))
+
+    def _run_decoder(self, spec: Pass) -> Tensor:
+        image = self.run(spec._replace(tower="image"))
+        return self._models[spec.who].decode(*self.texts[spec.text], image)
 
 
 _GOLDEN, _MUL1, _MUL2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -164,8 +183,6 @@ class Objective(nn.Module):
     Config: ClassVar[Any] = ObjectiveConfig
     inputs: ClassVar[frozenset[str]] = frozenset({"images", "input_ids", "attention_mask"})
     "Batch fields that it reads."
-    needs: ClassVar[frozenset[str]] = frozenset()
-    "'teacher', or names that an earlier objective gives."
     gives: ClassVar[frozenset[str]] = frozenset()
     "Names that it leaves in StepContext.given."
     min_micro_batch: ClassVar[int] = 1
@@ -174,6 +191,13 @@ class Objective(nn.Module):
     def __init__(self, config: Any, setup: Setup) -> None:
         super().__init__()
         self.config, self.setup = config, setup
+
+    @classmethod
+    def needs(cls, config: Any) -> frozenset[str]:
+        """'teacher', what a model gives (joint_space, fusion, words, decoder), or names that an
+        earlier objective gives.
+        """
+        return frozenset()
 
     def forward(self, context: StepContext) -> Loss:
         raise TypeError(f"{type(self).__name__} is an objective without a forward")

@@ -56,13 +56,16 @@ class ITC(Objective):
     """
 
     Config = ITCConfig
-    needs: ClassVar = frozenset({"teacher"})
     gives: ClassVar = frozenset({"sim_i2t", "sim_t2i"})
 
     def __init__(self, config: ITCConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self.image_queue = Ring(config.queue_size, setup.embed_dim, setup.seed)
         self.text_queue = Ring(config.queue_size, setup.embed_dim, setup.seed + 1)
+
+    @classmethod
+    def needs(cls, config: ITCConfig) -> frozenset[str]:
+        return frozenset({"teacher", "joint_space"})
 
     def forward(self, context: StepContext) -> Loss:
         image = context.run(Pass("image")).image_feat

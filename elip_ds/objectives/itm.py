@@ -1,17 +1,29 @@
-"""ITM: does this caption belong to this image? Judged on the fused [CLS], with hard negatives.
+"""ITM: does this caption belong to this image? Judged on what the fused pair is pooled to.
 
-Source: ALBEF (Li et al. 2021) section 3.2 and its released code.
+Source: ALBEF (Li et al. 2021) section 3.2 and its released code; METER (Dou et al. 2022).
 
-B local batch, L text tokens, M image tokens, D width.
+B local batch.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elip_ds.errors import UserError
 from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, Setup, StepContext
+
+
+@dataclass(frozen=True)
+class ITMConfig(ObjectiveConfig):
+    negatives: str = "hard"
+    "hard: by the contrastive similarities (ALBEF, BLIP); random: half of the pairs (METER)."
+
+    def __post_init__(self) -> None:
+        if self.negatives not in ("hard", "random"):
+            raise UserError(f"objectives.itm.negatives={self.negatives!r}: choose hard or random")
 
 
 def draw_negatives(similarity: Tensor, noise: Tensor) -> Tensor:
@@ -32,37 +44,64 @@ def draw_negatives(similarity: Tensor, noise: Tensor) -> Tensor:
     return torch.where(drawn == rows, (rows - 1) % len(similarity), drawn)
 
 
+def draw_matches(noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Half the rows, rounded down, keep their image, the others get any other one of the batch.
+
+    noise: (B, 2) uniform in [0, 1), B >= 2.  Returns the image's row (B,), and label (B,) 1 for
+    a true pair. Source: METER. Differs: there the wrong image comes from the whole dataset; here
+    it comes from the micro-batch, which is a random draw of it.
+    """
+    batch = len(noise)
+    rows = torch.arange(batch, device=noise.device)
+    label = torch.zeros(batch, dtype=torch.long, device=noise.device)
+    label[noise[:, 0].argsort()[: batch // 2]] = 1
+    other = (rows + 1 + (noise[:, 1] * (batch - 1)).long()) % batch
+    return torch.where(label == 1, rows, other), label
+
+
 class ITM(Objective):
     """Negatives come from this rank's micro-batch: the loss depends on how a batch is split."""
 
-    Config = ObjectiveConfig
-    needs: ClassVar = frozenset({"sim_i2t", "sim_t2i"})
+    Config = ITMConfig
     min_micro_batch: ClassVar = 2
 
-    def __init__(self, config: ObjectiveConfig, setup: Setup) -> None:
+    def __init__(self, config: ITMConfig, setup: Setup) -> None:
         super().__init__(config, setup)
-        self.head = nn.Linear(setup.width, 2)
+        self.head = nn.Linear(setup.pooled_width, 2)
+
+    @classmethod
+    def needs(cls, config: ITMConfig) -> frozenset[str]:
+        hard = {"sim_i2t", "sim_t2i"} if config.negatives == "hard" else set()
+        return frozenset({"fusion", *hard})
 
     def forward(self, context: StepContext) -> Loss:
-        text = context.run(Pass("text"))
-        image = context.run(Pass("image")).image_embeds
-        with torch.no_grad():
-            noise = context.noise("itm", 2)
-            image_for_text = draw_negatives(context.given["sim_t2i"], noise[:, 0])
-            text_for_image = draw_negatives(context.given["sim_i2t"], noise[:, 1])
-        states, mask = text.text_embeds, text.attention_mask
-        # Pairs, then each text with a wrong image, then each image with a wrong text: one pass.
-        fused = context.model().fuse(
-            torch.cat([states, states, states[text_for_image]]),
-            torch.cat([mask, mask, mask[text_for_image]]),
-            torch.cat([image, image[image_for_text], image]),
-        )
-        logits = self.head(fused[:, 0]).float()  # (3B, 2)
-        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        labels[: len(image)] = 1
+        noise = context.noise("itm", 2)
+        draw = self._hard if self.config.negatives == "hard" else self._random
+        pooled, labels = draw(context, noise)
+        logits = self.head(pooled).float()
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return Loss(
             values={"itm": F.cross_entropy(logits, labels)},
             logs={"itm_accuracy": accuracy},
             carry={},
         )
+
+    def _hard(self, context: StepContext, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs, then each text with a wrong image, then each image with a wrong text: one pass of
+        3B rows. Images keep the tokens that their own captions chose.
+        """
+        text, image = context.run(Pass("text")), context.run(Pass("image"))
+        own = torch.arange(len(noise), device=noise.device)
+        image_for_text = draw_negatives(context.given["sim_t2i"], noise[:, 0])
+        text_for_image = draw_negatives(context.given["sim_i2t"], noise[:, 1])
+        fused = context.model().fuse(
+            text.take(torch.cat([own, own, text_for_image])),
+            image.take(torch.cat([own, image_for_text, own])),
+        )
+        return fused.pooled, (torch.arange(3 * len(own), device=own.device) < len(own)).long()
+
+    def _random(self, context: StepContext, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass of B rows; each image is pruned by the text that it is paired with."""
+        rows, labels = draw_matches(noise)
+        context.views["matched"] = context.batch.images[rows]
+        return context.run(Pass("fusion", view="matched")).pooled, labels

@@ -6,7 +6,6 @@ B local batch, L text tokens, V vocabulary, S selected positions of the batch.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,8 @@ class MLMConfig(ObjectiveConfig):
     "Share of the momentum twin's distribution in the targets; 0 runs no twin."
     alpha_ramp: str = "1 epoch"
     "alpha grows linearly from 0 over this long."
+    guide: str = "clean"
+    "Caption that guides the pruning: clean (ALBEF), or masked (METER), which leaks no word."
 
     def __post_init__(self) -> None:
         check_duration("objectives.mlm.alpha_ramp", self.alpha_ramp)
@@ -34,6 +35,8 @@ class MLMConfig(ObjectiveConfig):
             raise UserError(f"objectives.mlm.probability={self.probability}: between 0 and 1")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"objectives.mlm.alpha={self.alpha}: 0..1")
+        if self.guide not in ("clean", "masked"):
+            raise UserError(f"objectives.mlm.guide={self.guide!r}: choose clean or masked")
 
 
 def mask_words(
@@ -46,12 +49,13 @@ def mask_words(
 ) -> tuple[Tensor, Tensor]:
     """Select words; of those 80 % become [MASK], 10 % a random id of the whole vocabulary.
 
-    input_ids: (B, L).  noise: (B, 3L) uniform in [0, 1).  [CLS] and [PAD] are never selected.
+    input_ids: (B, L).  noise: (B, 3L) uniform in [0, 1).  [CLS], [SEP], [PAD] never are.
     Returns masked ids (B, L) and selected (B, L) bool.
     """
     select, kind, word = noise.chunk(3, dim=1)
-    ordinary = (input_ids != special_ids["[PAD]"]) & (input_ids != special_ids["[CLS]"])
-    selected = (select < probability) & ordinary
+    selected = select < probability
+    for special in ("[PAD]", "[CLS]", "[SEP]"):
+        selected = selected & (input_ids != special_ids[special])
     masked = torch.where(selected & (kind < 0.8), special_ids["[MASK]"], input_ids)
     random_ids = (word * vocab_size).long()
     masked = torch.where(selected & (kind >= 0.8) & (kind < 0.9), random_ids, masked)
@@ -66,7 +70,10 @@ class MLM(Objective):
     """
 
     Config = MLMConfig
-    needs: ClassVar = frozenset({"teacher"})
+
+    @classmethod
+    def needs(cls, config: MLMConfig) -> frozenset[str]:
+        return frozenset({"fusion", "words", *(["teacher"] if config.alpha > 0 else [])})
 
     def forward(self, context: StepContext) -> Loss:
         input_ids, attention_mask = context.texts["clean"]
@@ -80,12 +87,13 @@ class MLM(Objective):
         )
         context.texts["masked"] = (masked, attention_mask)
         labels = input_ids[selected]  # (S,)
-        fused = context.run(Pass("fusion", text="masked"))[selected]
-        logits = context.model().decode(fused).float()  # (S, V)
+        spec = Pass("fusion", text="masked", guide=self.config.guide)
+        fused = context.run(spec).text[selected]
+        logits = context.model().word_logits(fused).float()  # (S, V)
         if self.config.alpha > 0:
             with torch.no_grad():
-                fused = context.run(Pass("fusion", "teacher", "masked"))[selected]
-                teacher_logits = context.model("teacher").decode(fused).float()
+                fused = context.run(spec._replace(who="teacher")).text[selected]
+                teacher_logits = context.model("teacher").word_logits(fused).float()
             alpha = ramp(self.config.alpha, self.config.alpha_ramp, context.progress)
             losses = soft_cross_entropy(logits, labels, teacher_logits, alpha)
         else:

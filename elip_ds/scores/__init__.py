@@ -1,5 +1,5 @@
 """Pure functions from predictions to numbers."""
 
-from elip_ds.scores.recall import retrieval_recall
+from elip_ds.scores.recall import matching_recall, retrieval_recall
 
-__all__ = ["retrieval_recall"]
+__all__ = ["matching_recall", "retrieval_recall"]

@@ -1,4 +1,4 @@
-"""Retrieval recall from features."""
+"""Retrieval recall, from features or from scores of pairs."""
 
 import torch
 from torch import Tensor
@@ -14,19 +14,30 @@ def retrieval_recall(
     mean, recall_at_k. A candidate as similar as the partner counts as before it, so equal features
     score 0, and so do features that are not numbers.
     """
-    recall: dict[str, float] = {}
+    ranks = {}
     for name, queries, candidates in (("tr", image_feat, text_feat), ("ir", text_feat, image_feat)):
-        ranks = torch.cat(
-            [_ranks(queries, candidates, i, rows) for i in range(0, len(queries), rows)]
-        )
-        for k in at:
-            recall[f"{name}_at_{k}"] = (ranks < k).float().mean().item()
+        parts = [
+            _ranks(queries[i : i + rows] @ candidates.T, i) for i in range(0, len(queries), rows)
+        ]
+        ranks[name] = torch.cat(parts)
+    return _recall(ranks, at)
+
+
+def matching_recall(scores: Tensor, at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """The same from scores (N, N) of every image (row) with every text (column)."""
+    return _recall({"tr": _ranks(scores), "ir": _ranks(scores.T)}, at)
+
+
+def _ranks(scores: Tensor, start: int = 0) -> Tensor:
+    """How many candidates come before the partner: (R, N), partners from column start on -> (R,)"""
+    own = scores.diagonal(offset=start).unsqueeze(1)
+    return (~(scores < own)).sum(dim=1) - 1
+
+
+def _recall(ranks: dict[str, Tensor], at: tuple[int, ...]) -> dict[str, float]:
+    recall = {
+        f"{way}_at_{k}": (rank < k).float().mean().item() for way, rank in ranks.items() for k in at
+    }
     return recall | {
         f"recall_at_{k}": (recall[f"tr_at_{k}"] + recall[f"ir_at_{k}"]) / 2 for k in at
     }
-
-
-def _ranks(queries: Tensor, candidates: Tensor, start: int, rows: int) -> Tensor:
-    similarity = queries[start : start + rows] @ candidates.T
-    own = similarity.diagonal(offset=start).unsqueeze(1)
-    return (~(similarity < own)).sum(dim=1) - 1

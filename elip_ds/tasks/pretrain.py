@@ -3,7 +3,7 @@
 B batch, E joint space.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,9 +13,9 @@ from elip_ds import dist, registry
 from elip_ds.config import Config
 from elip_ds.data import Batch, Vocabulary
 from elip_ds.errors import UserError
-from elip_ds.models import LocalTensor, MomentumTwin
-from elip_ds.objectives import Objective, Pass, Progress, Setup, StepContext
-from elip_ds.scores import retrieval_recall
+from elip_ds.models import LocalTensor, MomentumTwin, TextFeatures
+from elip_ds.objectives import Objective, Progress, Setup, StepContext
+from elip_ds.scores import matching_recall, retrieval_recall
 
 
 class Pairs(Protocol):
@@ -53,7 +53,7 @@ class Pretrain(nn.Module):
         # Any, because to a type checker every attribute of an nn.Module may be a tensor.
         self.model: Any = model
         self.objectives: Any = nn.ModuleDict(objectives)
-        taught = any("teacher" in objective.needs for objective in objectives.values())
+        taught = any("teacher" in o.needs(o.config) for o in objectives.values())
         self.teacher = MomentumTwin(model) if taught else None
         self._momentum, self._prune_teacher, self._seed = teacher_momentum, prune_teacher, seed
         self._carries: dict[str, list[dict[str, Tensor]]] = {name: [] for name in objectives}
@@ -80,8 +80,7 @@ class Pretrain(nn.Module):
                 values[key] = value.detach()
             logs |= loss.logs
             self._carries[name].append(loss.carry)
-        image = context.passes.get(Pass("image"))
-        kept = image.keep.lengths if image is not None else ()
+        kept = _kept_tokens(context)
         return StepLoss(total, values, logs, kept)
 
     def drop_carries(self) -> None:
@@ -121,28 +120,91 @@ class Pretrain(nn.Module):
                 {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
             )
 
-    @torch.no_grad()
-    def evaluate(self, pairs: Pairs, device: torch.device) -> dict[str, float]:
-        """Held-out retrieval by the joint space, images encoded without text and so unpruned.
+    def match(self, images: Tensor, text: TextFeatures, prune: bool | None = None) -> Tensor:
+        """Does caption i belong to image i: (B,), fp32, higher is likelier.
 
+        The matching head's logit; where there is none, the cosine in the joint space.
+        prune: the images by these captions; None: as the released code of the model does at test.
+        """
+        prune = self.model.prunes_in_match if prune is None else prune
+        image = self.model.encode_image(images, text if prune else None)
+        if "itm" in self.objectives:
+            return self.objectives["itm"].head(self.model.fuse(text, image).pooled)[:, 1].float()
+        return (image.image_feat * text.text_feat).sum(dim=1)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        pairs: Pairs,
+        device: torch.device,
+        *,
+        match_candidates: int = 64,
+        prune: bool | None = None,
+    ) -> dict[str, float]:
+        """Held-out retrieval. Every rank calls it.
+
+        By the joint space over all pairs, images encoded without text and so unpruned (ALBEF's
+        zero-shot retrieval, without its re-ranking); a model without one scores all pairs among the
+        first match_candidates by its matching head, prune as in match (METER).
         Returns recall_at_1, _5, _10 (mean of both directions), tr_ and ir_at_k, and candidates.
-        Every rank calls it. Source: ALBEF's zero-shot retrieval. Differs: no re-ranking by ITM.
         """
         was_training = self.training
         self.eval()
-        images, texts = [], []
         dtype = next(p.dtype for p in self.model.parameters())
-        for batch in _on_device(pairs, device, dtype):
+        if "joint_space" in self.model.gives:
+            scores = self._joint_recall(pairs, device, dtype)
+        else:
+            scores = self._matching_recall(pairs, device, dtype, match_candidates, prune)
+        self.train(was_training)
+        return scores
+
+    def _joint_recall(
+        self, pairs: Pairs, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, float]:
+        images, texts = [], []
+        for batch in pairs:
+            batch = batch.to(device, dtype)
             texts.append(self.model.encode_text(batch.input_ids, batch.attention_mask).text_feat)
             images.append(self.model.encode_image(batch.images).image_feat)
-        self.train(was_training)
         count = len(pairs)
         image_feat, text_feat = (_in_order(torch.cat(x), count) for x in (images, texts))
         return retrieval_recall(image_feat, text_feat) | {"candidates": count}
 
+    def _matching_recall(
+        self,
+        pairs: Pairs,
+        device: torch.device,
+        dtype: torch.dtype,
+        candidates: int,
+        prune: bool | None,
+    ) -> dict[str, float]:
+        count = min(candidates, len(pairs))
+        own = -(-count // dist.world_size())  # as many on every rank: their collectives must match
+        batches, rows, at_once = [], 0, 0
+        for batch in pairs:
+            batches.append(batch.to(device, dtype))
+            rows, at_once = rows + len(batch), max(at_once, len(batch))
+            if rows >= own:
+                break
+        images, input_ids, mask = (
+            torch.cat([getattr(batch, name) for batch in batches])[:own]
+            for name in ("images", "input_ids", "attention_mask")
+        )
+        text = self.model.encode_text(_in_order(input_ids, count), _in_order(mask, count))
+        scores = []
+        for image in images:
+            for part in torch.arange(count, device=device).split(at_once):
+                repeated = image.expand(len(part), -1, -1, -1)
+                scores.append(self.match(repeated, text.take(part), prune))
+        return matching_recall(_in_order(torch.cat(scores).view(own, count), count)) | {
+            "candidates": count
+        }
 
-def _on_device(batches: Iterable[Batch], device: torch.device, dtype: torch.dtype) -> Iterable:
-    return (batch.to(device, dtype) for batch in batches)
+
+def _kept_tokens(context: StepContext) -> tuple[int, ...]:
+    """Sequence lengths after the pruning stages of the student's first image pass."""
+    images = (p for spec, p in context.passes.items() if spec[:2] == ("image", "student"))
+    return next((image.keep.lengths for image in images), ())
 
 
 def _in_order(rows: Tensor, count: int) -> Tensor:
@@ -167,21 +229,28 @@ def build_pretrain(config: Config, vocabulary: Vocabulary) -> Pretrain:
     build_model = registry.resolve(registry.MODELS, config.model.name, "model.name")
     model = build_model(config.model, config.pruning)
     setup = Setup(
-        width=config.model.text.width,
-        embed_dim=config.model.embed_dim,
+        pooled_width=model.pooled_width,
+        embed_dim=model.embed_dim,
         vocab_size=len(vocabulary),
         special_ids=vocabulary.special_ids,
         seed=config.run.seed,
     )
+    scored = config.eval.every or config.run.on_finish == "evaluate"
+    if scored and "joint_space" not in model.gives and "itm" not in config.objectives:
+        raise UserError(
+            f"model.name={config.model.name} has no joint space, so held-out retrieval needs its "
+            "matching head: switch objectives.itm on, or set eval.every=null run.on_finish=nothing"
+        )
     objectives: dict[str, Objective] = {}
-    given: set[str] = {"teacher"}
+    given: set[str] = {"teacher", *model.gives}
     for name, part in config.objectives.items():
         build = registry.resolve(registry.OBJECTIVES, name, "objectives")
-        missing = build.needs - given
+        missing = build.needs(part) - given
         if missing:
             raise UserError(
-                f"objectives.{name} needs {', '.join(sorted(missing))}, which no objective before "
-                f"it gives; order now: {', '.join(config.objectives)}"
+                f"objectives.{name} needs {', '.join(sorted(missing))}, which neither "
+                f"model.name={config.model.name} nor an objective before it gives; order now: "
+                f"{', '.join(config.objectives)}"
             )
         given |= build.gives
         objectives[name] = build(part, setup)

@@ -26,12 +26,12 @@ EPS = 1e-12
 
 
 @dataclass(frozen=True)
-class BERTConfig:
+class TextConfig:
+    """What every BERT-like tower has."""
+
     vocab_size: int = 30522
     width: int = 768
     depth: int = 12
-    fusion_layer: int = 6
-    "First layer that attends to the image; the layers below read text alone."
     heads: int = 12
     mlp_ratio: float = 4.0
     max_positions: int = 512
@@ -45,6 +45,20 @@ class BERTConfig:
             raise UserError(
                 f"model.text.width={self.width} does not divide into heads={self.heads}"
             )
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the longest text may have."""
+        return self.max_positions
+
+
+@dataclass(frozen=True)
+class BERTConfig(TextConfig):
+    fusion_layer: int = 6
+    "First layer that attends to the image; the layers below read text alone."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.fusion_layer < self.depth:
             raise UserError(
                 f"model.text.fusion_layer={self.fusion_layer} must lie between 0 and "
@@ -98,48 +112,90 @@ class WordEmbedding(nn.Embedding):
 
 
 class Embeddings(nn.Module):
-    def __init__(self, config: BERTConfig) -> None:
+    """Words, positions and, with token_types > 0, the segment, of which every text here is 0.
+
+    first_position: number of the first token's position (RoBERTa: 2).
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        *,
+        token_types: int = 2,
+        first_position: int = 0,
+        eps: float = EPS,
+    ) -> None:
         super().__init__()
+        self.first_position = first_position
         self.word = WordEmbedding(config.vocab_size, config.width)
         self.position = nn.Embedding(config.max_positions, config.width)
-        self.token_type = nn.Embedding(2, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=EPS)
+        self.token_type = nn.Embedding(token_types, config.width) if token_types else None
+        self.norm = nn.LayerNorm(config.width, eps=eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, L) -> (B, L, D)."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.word(input_ids) + self.position(positions)
-        x = x + self.token_type(torch.zeros_like(positions))  # every caption is segment 0
+        x = self.word(input_ids) + self.position(positions + self.first_position)
+        if self.token_type is not None:
+            x = x + self.token_type(torch.zeros_like(positions))
         return self.dropout(self.norm(x))
 
 
 class BERTLayer(nn.Module):
-    """image_width: of the sequence it attends to, None for a layer that reads text alone."""
+    """Post-norm layer: self-attention, where context_width is given cross-attention, feed-forward.
 
-    def __init__(self, config: BERTConfig, image_width: int | None) -> None:
+    context_width: of the sequence it attends to, None for a layer that reads text alone.
+    decoder: it has a second self-attention, which looks only backwards; all else is shared (BLIP).
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        context_width: int | None,
+        *,
+        decoder: bool = False,
+        eps: float = EPS,
+    ) -> None:
         super().__init__()
         width = config.width
         self.attn = SelfAttention(width, config.heads, config.dropout)
-        self.attn_norm = nn.LayerNorm(width, eps=EPS)
-        if image_width is not None:
-            self.cross = CrossAttention(width, image_width, config.heads, config.dropout)
-            self.cross_norm = nn.LayerNorm(width, eps=EPS)
+        self.attn_norm = nn.LayerNorm(width, eps=eps)
+        if decoder:
+            self.decoder_attn = SelfAttention(width, config.heads, config.dropout)
+            self.decoder_attn_norm = nn.LayerNorm(width, eps=eps)
+        if context_width is not None:
+            self.cross = CrossAttention(width, context_width, config.heads, config.dropout)
+            self.cross_norm = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
-        self.mlp_norm = nn.LayerNorm(width, eps=EPS)
+        self.mlp_norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, visible: Tensor, image: Tensor | None) -> Tensor:
-        """x: (B, L, D), visible: (B, 1, 1, L) bool, image: (B, M, C) or None."""
-        x = self.attn_norm(x + self.dropout(self.attn(x, visible)))
-        if image is not None:
-            x = self.cross_norm(x + self.dropout(self.cross(x, image)))
+    def forward(
+        self,
+        x: Tensor,
+        visible: Tensor | None,
+        context: Tensor | None = None,
+        context_visible: Tensor | None = None,
+        decode: bool = False,
+    ) -> Tensor:
+        """x: (B, L, D).  visible: bool, (B, 1, 1, L) or (B, 1, L, L); None: all.
+        context: (B, M, C) or None.  context_visible: (B, 1, 1, M) bool; None: all of it.
+        decode: by the decoder's self-attention.
+        """
+        attn, norm = self.attn, self.attn_norm
+        if decode:
+            attn, norm = self.decoder_attn, self.decoder_attn_norm
+        x = norm(x + self.dropout(attn(x, visible)))
+        if context is not None:
+            x = self.cross_norm(x + self.dropout(self.cross(x, context, context_visible)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
 class MLMHead(nn.Module):
     """Linear, GELU, norm, then the word embeddings as decoder, plus a bias per word."""
 
-    def __init__(self, config: BERTConfig) -> None:
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=EPS)

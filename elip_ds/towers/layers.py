@@ -7,6 +7,8 @@ weights when that module is called, and only then. That is why a linear layer he
 through it where others would reach for its weight from outside.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -51,11 +53,15 @@ class SelfAttention(nn.Module):
         self.qkv = FusedQKV(width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (B, N, D).  mask: (B, 1, 1, N) bool, True where a token may be attended to."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """x: (B, N, D).  mask: bool, (B, 1, 1, N) or (B, 1, N, N), True where a token may be
+        attended to.  causal: to itself and what is before it; instead of a mask.
+        """
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+        )
         return self.proj(merge_heads(out))
 
     def class_attention(self, x: Tensor) -> Tensor:
@@ -80,44 +86,78 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(context_width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: (B, N, D), context: (B, M, C), all of it visible -> (B, N, D)."""
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (B, N, D), context: (B, M, C) -> (B, N, D).  mask: (B, 1, 1, M) bool, True where the
+        context may be attended to; None: all of it.
+        """
         q = split_heads(self.query(x), self.heads)
         k, v = (split_heads(part, self.heads) for part in self.key_value(context).chunk(2, dim=-1))
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.proj(merge_heads(out))
 
 
-class MLP(nn.Module):
-    """Linear, exact GELU, linear."""
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
 
-    def __init__(self, width: int, hidden: int) -> None:
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class MLP(nn.Module):
+    """Linear, activation (exact GELU unless another is named), linear."""
+
+    def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
-class ViTBlock(nn.Module):
-    """Pre-norm transformer block of a vision tower."""
+class PreNormBlock(nn.Module):
+    """Pre-norm transformer block: of a ViT, and, causal, of CLIP's text tower."""
 
-    def __init__(self, width: int, heads: int, hidden: int, eps: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        eps: float,
+        activation: str = "gelu",
+        causal: bool = False,
+    ) -> None:
         super().__init__()
+        self.causal = causal
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, hidden)
+        self.mlp = MLP(width, hidden, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+        x = x + self.attn(self.norm1(x), causal=self.causal)
         return x + self.mlp(self.norm2(x))
 
     def class_attention(self, x: Tensor) -> Tensor:
         """What the class token attends to inside this block: (B, N, D) -> (B, N), fp32."""
         return self.attn.class_attention(self.norm1(x))
+
+
+class Table(nn.Module):
+    """A learned (1, rows, D) table that is a module, so that ZeRO-3 gathers it when it is
+    called."""
+
+    def __init__(self, rows: int, width: int, std: float = 0.02) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, rows, width))
+        nn.init.trunc_normal_(self.weight, std=std)
+
+    def forward(self) -> Tensor:
+        return self.weight
 
 
 def init_std(width: int) -> float:
@@ -146,6 +186,6 @@ def init_linear_and_norm(module: nn.Module, std: float, truncated: bool) -> None
             nn.init.zeros_(part.bias)
 
 
-def recomputed(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+def recomputed(block: nn.Module, *inputs: Tensor | bool | None) -> Tensor:
     """block(*inputs), storing only the inputs and running the block again in the backward pass."""
     return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)

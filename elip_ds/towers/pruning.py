@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elip_ds.config import PruningConfig, Stage
@@ -62,13 +63,18 @@ def keep_count(keep_ratio: float, num_patches: int) -> int:
     return int(num_patches * keep_ratio)
 
 
-def sequence_lengths(pruning: PruningConfig, depth: int, num_patches: int) -> list[int]:
-    """Tokens that each of the depth blocks sees, class and merged tokens included."""
+def sequence_lengths(
+    pruning: PruningConfig, depth: int, num_patches: int, keep_base: int | None = None
+) -> list[int]:
+    """Tokens that each of the depth blocks sees, class and merged tokens included.
+
+    keep_base: patches that keep ratios refer to; None: num_patches.
+    """
     at = {stage.layer: stage for stage in pruning.stages}
     lengths, length = [], 1 + num_patches
     for layer in range(depth):
         if layer in at:
-            count = keep_count(at[layer].keep_ratio, num_patches)
+            count = keep_count(at[layer].keep_ratio, keep_base or num_patches)
             if count < length - 1 or pruning.empty_stage == "zero_token":
                 length = 1 + min(count, length - 1) + 1
         lengths.append(length)
@@ -118,6 +124,16 @@ def full_index(batch_size: int, num_patches: int, device: torch.device) -> KeepI
         owner=(patches + 1).expand(batch_size, -1),
         share=torch.ones(batch_size, num_patches, device=device),
     )
+
+
+@torch.no_grad()
+def match_norm(text_class: Tensor, class_token: Tensor) -> Tensor:
+    """(B, D), (B, D) -> (B, D): each text vector at the length of its image's class token.
+
+    A unit text vector beside a class token of norm sqrt(D) would hardly turn it (CLIP).
+    """
+    length = class_token.float().norm(dim=-1, keepdim=True)
+    return F.normalize(text_class.float(), dim=-1) * length
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Vision tower: a ViT in timm's layout that prunes tokens where its schedule says so.
+"""Vision tower: any ViT with a class token, pruning tokens where its schedule says so.
 
 Images in, all remaining tokens after the final norm out. Source: Dosovitskiy et al. (ViT), Touvron
-et al. (DeiT), as used by ALBEF and BLIP; pruning: ELIP.
+et al. (DeiT), as used by ALBEF and BLIP; Radford et al. (CLIP), as used by METER; pruning: ELIP.
 
 B batch, N patches, L tokens that remain, D width.
 """
@@ -15,51 +15,102 @@ from torch import Tensor, nn
 from elip_ds.config import PruningConfig
 from elip_ds.errors import UserError
 from elip_ds.towers import pruning as elip
-from elip_ds.towers.layers import ViTBlock, init_linear_and_norm, init_std, recomputed
+from elip_ds.towers.layers import (
+    ACTIVATIONS,
+    PreNormBlock,
+    Table,
+    init_linear_and_norm,
+    init_std,
+    recomputed,
+)
 
 
 @dataclass(frozen=True)
 class ViTConfig:
     image_size: int = 256
-    "Side of the square input, pixels."
+    "Height of the input, pixels; also its width unless image_width says otherwise."
     patch_size: int = 16
     width: int = 768
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    image_width: int | None = None
+    "Width of the input, pixels; null: square."
+    layout: str = "vit"
+    "vit: as DeiT, ALBEF, BLIP.  clip: no patch bias, a norm before block 0, norms' eps 1e-5."
+    activation: str = "gelu"
+    "gelu, or quick_gelu as in OpenAI's CLIP weights and METER."
     recompute: bool = False
     "Activation checkpointing: store only each block's input and run the block again in backward."
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            near = self.image_size // self.patch_size * self.patch_size
-            raise UserError(
-                f"model.vision.image_size={self.image_size} is not a multiple of "
-                f"patch_size={self.patch_size}; nearest: {near}, {near + self.patch_size}"
-            )
+        for name, side in (("image_size", self.pixels[0]), ("image_width", self.pixels[1])):
+            if side % self.patch_size:
+                near = side // self.patch_size * self.patch_size
+                fit = ", ".join(str(n) for n in (near, near + self.patch_size) if n)
+                raise UserError(
+                    f"model.vision.{name}={side} is not a multiple of "
+                    f"patch_size={self.patch_size}; nearest: {fit}"
+                )
+        for name, value, known in (
+            ("layout", self.layout, ("vit", "clip")),
+            ("activation", self.activation, tuple(ACTIVATIONS)),
+        ):
+            if value not in known:
+                raise UserError(f"model.vision.{name}={value!r}: choose {' or '.join(known)}")
         if self.width % self.heads:
             raise UserError(
                 f"model.vision.width={self.width} does not divide into heads={self.heads}"
             )
 
     @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the input."""
+        return self.image_size, self.image_width or self.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.pixels[0] // self.patch_size, self.pixels[1] // self.patch_size
+
+    @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid[0] * self.grid[1]
 
 
 class ViT(nn.Module):
-    """With no stages, or no text, it equals a plain ViT bit for bit."""
+    """With no stages, or no text, it equals a plain ViT bit for bit.
 
-    def __init__(self, config: ViTConfig, pruning: PruningConfig) -> None:
+    keep_base: patches that keep ratios refer to; None: this tower's own.
+    match_norm: bring the text's class vector to the norm of the class token before the two mix.
+    """
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        pruning: PruningConfig,
+        *,
+        keep_base: int | None = None,
+        match_norm: bool = False,
+    ) -> None:
         super().__init__()
-        elip.check_stages(pruning.stages, config.depth, config.num_patches)
-        self.config, self.pruning = config, pruning
-        width, eps = config.width, 1e-6
-        self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size)
-        self.cls_token = _Table(1, width)
-        self.pos_embed = _Table(1 + config.num_patches, width)
+        elip.check_stages(pruning.stages, config.depth, keep_base or config.num_patches)
+        self.config, self.pruning, self.match_norm = config, pruning, match_norm
+        self.keep_base = keep_base or config.num_patches
+        clip = config.layout == "clip"
+        width, eps = config.width, 1e-5 if clip else 1e-6
+        self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=not clip)
+        self.cls_token = Table(1, width)
+        self.pos_embed = Table(1 + config.num_patches, width)
+        self.norm_pre = nn.LayerNorm(width, eps=eps) if clip else nn.Identity()
         self.blocks = nn.ModuleList(
-            ViTBlock(width, config.heads, int(width * config.mlp_ratio), eps)
+            PreNormBlock(
+                width,
+                config.heads,
+                int(width * config.mlp_ratio),
+                eps=eps,
+                activation=config.activation,
+            )
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, eps=eps)
@@ -68,14 +119,14 @@ class ViT(nn.Module):
     def forward(
         self, images: Tensor, text_class: Tensor | None = None
     ) -> tuple[Tensor, elip.KeepIndex]:
-        """images: (B, 3, S, S), normalised.  text_class: (B, D) guides the pruning; None: no
+        """images: (B, 3, H, W), normalised.  text_class: (B, D) guides the pruning; None: no
         pruning.
 
         Returns tokens (B, L, D) after the final norm, class token first, and what pruning did.
         """
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
         x = torch.cat([self.cls_token().expand(len(patches), -1, -1), patches], dim=1)
-        x = x + self.pos_embed()
+        x = self.norm_pre(x + self.pos_embed())
         index = elip.full_index(len(patches), patches.shape[1], x.device)
         stages = {s.layer: (i, s) for i, s in enumerate(self.pruning.stages)}
         for layer, block in enumerate(self.blocks):
@@ -91,23 +142,12 @@ class ViT(nn.Module):
         self, x: Tensor, text_class: Tensor, index: elip.KeepIndex, number: int, stage: elip.Stage
     ) -> tuple[Tensor, elip.KeepIndex]:
         candidates = x.shape[1] - 1
-        num_keep = min(elip.keep_count(stage.keep_ratio, self.config.num_patches), candidates)
+        num_keep = min(elip.keep_count(stage.keep_ratio, self.keep_base), candidates)
         if num_keep == candidates and self.pruning.empty_stage == "skip":
             return x, index
-        blocks = cast(list[ViTBlock], self.blocks[stage.layer : stage.layer + stage.lookahead])
+        blocks = cast(list[PreNormBlock], self.blocks[stage.layer : stage.layer + stage.lookahead])
+        if self.match_norm:
+            text_class = elip.match_norm(text_class, x[:, 0])
         scores = elip.lookahead_scores(x, text_class, blocks, self.pruning.text_weight)
         pruned = elip.prune_tokens(x, scores, num_keep, self.pruning.eps)
         return pruned.tokens, elip.follow(index, pruned, number)
-
-
-class _Table(nn.Module):
-    """A learned (1, rows, D) table that is a module, so that ZeRO-3 gathers it when it is
-    called."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, rows, width))
-        nn.init.trunc_normal_(self.weight, std=0.02)
-
-    def forward(self) -> Tensor:
-        return self.weight

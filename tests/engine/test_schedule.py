@@ -1,6 +1,7 @@
 """Closed forms of the learning rate, and intervals against a plain list of multiples."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,28 @@ def lr_at(samples_seen: int, schedule: ScheduleConfig = SCHEDULE, per_epoch: int
 )
 def test_the_rate_is_a_line_and_then_half_a_cosine(samples_seen, expected):
     assert lr_at(samples_seen) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("samples_seen", "expected"),
+    [(100, (1e-5 + 1e-3) / 2), (200, 1e-3), (600, 5.5e-4), (1000, 1e-4)],
+)
+def test_a_linear_decay_is_two_lines(samples_seen, expected):
+    assert lr_at(samples_seen, replace(SCHEDULE, shape="linear")) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("samples_seen", "expected"),
+    [(0, 1e-5), (199, 1e-5 + 0.995 * (1e-3 - 1e-5)), (200, 8.1e-4), (299, 8.1e-4), (300, 7.29e-4)],
+)
+def test_an_exponential_decay_falls_once_an_epoch(samples_seen, expected):
+    schedule = replace(SCHEDULE, shape="exponential", decay=0.9)
+    assert lr_at(samples_seen, schedule) == pytest.approx(expected)
+
+
+def test_an_exponential_decay_does_not_fall_below_the_lowest_rate():
+    schedule = replace(SCHEDULE, shape="exponential", decay=0.5)
+    assert lr_at(999, schedule) == 1e-4
 
 
 def test_without_warm_up_it_starts_at_the_peak():

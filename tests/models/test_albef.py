@@ -8,7 +8,7 @@ from conftest import tiny_task, tiny_words
 from elip_ds.config import load_config
 from elip_ds.errors import UserError
 from elip_ds.models import ALBEF
-from elip_ds.models.albef import Temperature
+from elip_ds.models.joint import Temperature
 
 
 @pytest.fixture
@@ -43,9 +43,9 @@ def test_with_a_guide_the_image_is_pruned_at_every_stage(model, tiny_batch):
 
 def test_only_the_class_token_of_the_caption_guides(model, tiny_batch):
     text = model.encode_text(tiny_batch.input_ids, tiny_batch.attention_mask)
-    words = dataclasses.replace(text, text_embeds=text.text_embeds.clone())
-    words.text_embeds[:, 1:] = 0
-    opposite = dataclasses.replace(text, text_embeds=-50 * text.text_embeds)
+    assert torch.equal(text.text_class, text.text_embeds[:, 0])
+    words = dataclasses.replace(text, text_embeds=torch.zeros_like(text.text_embeds))
+    opposite = dataclasses.replace(text, text_class=-50 * text.text_class)
     images = tiny_batch.images
     kept, same, other = (model.encode_image(images, t).keep.owner for t in (text, words, opposite))
     assert torch.equal(kept, same) and not torch.equal(kept, other)
@@ -65,30 +65,31 @@ def test_each_image_is_pruned_by_its_own_caption(model, tiny_batch):
 def test_padding_changes_neither_the_text_nor_its_fusion(model, tiny_batch):
     mask = tiny_batch.attention_mask
     other_ids = torch.where(mask.bool(), tiny_batch.input_ids, 33)
-    image = model.encode_image(tiny_batch.images).image_embeds
+    image = model.encode_image(tiny_batch.images)
     results = []
     for input_ids in (tiny_batch.input_ids, other_ids):
         text = model.encode_text(input_ids, mask)
-        fused = model.fuse(text.text_embeds, mask, image)
-        results.append((text.text_feat, fused[mask.bool()]))
+        results.append((text.text_feat, model.fuse(text, image).text[mask.bool()]))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_fusion_and_decoding_have_the_shapes_they_promise(model, tiny_batch):
     mask = tiny_batch.attention_mask
-    states = model.encode_text(tiny_batch.input_ids, mask).text_embeds
-    fused = model.fuse(states, mask, model.encode_image(tiny_batch.images).image_embeds)
-    assert fused.shape == (8, 12, 32)
-    assert model.decode(fused).shape == (8, 12, 64)
-    assert model.decode(fused[:0, 0]).shape == (0, 64)
+    text = model.encode_text(tiny_batch.input_ids, mask)
+    fused = model.fuse(text, model.encode_image(tiny_batch.images))
+    assert fused.text.shape == (8, 12, 32)
+    assert fused.pooled.shape == (8, model.pooled_width) == (8, 32)
+    assert model.word_logits(fused.text).shape == (8, 12, 64)
+    assert model.word_logits(fused.pooled[:0]).shape == (0, 64)
 
 
 def test_fused_text_depends_on_the_image_and_encoded_text_does_not_take_one(model, tiny_batch):
     mask = tiny_batch.attention_mask
-    states = model.encode_text(tiny_batch.input_ids, mask).text_embeds
-    image = model.encode_image(tiny_batch.images).image_embeds
-    assert not torch.allclose(model.fuse(states, mask, image), model.fuse(states, mask, -image))
+    text = model.encode_text(tiny_batch.input_ids, mask)
+    image = model.encode_image(tiny_batch.images)
+    other = dataclasses.replace(image, image_embeds=-image.image_embeds)
+    assert not torch.allclose(model.fuse(text, image).text, model.fuse(text, other).text)
     assert list(inspect.signature(model.encode_text).parameters) == ["input_ids", "attention_mask"]
 
 
@@ -127,8 +128,7 @@ def test_two_widths_are_fine_where_nothing_is_pruned(tiny_batch):
     model = ALBEF(config.model, config.pruning)
     text = model.encode_text(tiny_batch.input_ids, tiny_batch.attention_mask)
     image = model.encode_image(tiny_batch.images, text)
-    fused = model.fuse(text.text_embeds, text.attention_mask, image.image_embeds)
-    assert fused.shape == (8, 12, 64)
+    assert model.fuse(text, image).text.shape == (8, 12, 64)
 
 
 def test_recomputing_activations_changes_no_gradient(tiny_batch):
@@ -136,8 +136,7 @@ def test_recomputing_activations_changes_no_gradient(tiny_batch):
         model = tiny_task(*words).model
         text = model.encode_text(tiny_batch.input_ids, tiny_batch.attention_mask)
         image = model.encode_image(tiny_batch.images, text)
-        fused = model.fuse(text.text_embeds, text.attention_mask, image.image_embeds)
-        fused.square().sum().backward()
+        model.fuse(text, image).text.square().sum().backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     stored = gradients()
@@ -151,3 +150,19 @@ def test_the_default_config_is_the_published_base_model():
     config = dataclasses.asdict(ALBEF.Config())
     assert (config["embed_dim"], config["temperature"]) == (256, 0.07)
     assert config["vision"]["image_size"] == 256 and config["text"]["fusion_layer"] == 6
+
+
+def test_rows_are_taken_in_any_order_and_any_number_of_times(model, tiny_batch):
+    text = model.encode_text(tiny_batch.input_ids, tiny_batch.attention_mask)
+    image = model.encode_image(tiny_batch.images, text)
+    rows = torch.tensor([3, 3, 0, 7])
+    taken, expected = (
+        text.take(rows),
+        model.encode_text(text.input_ids[rows], text.attention_mask[rows]),
+    )
+    for name, value in vars(taken).items():
+        torch.testing.assert_close(value, getattr(expected, name))
+    assert torch.equal(image.take(rows).image_embeds, image.image_embeds[rows])
+    assert torch.equal(image.take(rows).image_feat, image.image_feat[rows])
+    assert torch.equal(image.take(rows).keep.owner, image.keep.owner[rows])
+    assert image.take(rows).keep.lengths == image.keep.lengths

@@ -82,7 +82,22 @@ def test_a_step_runs_every_pass_once_and_no_other(words, expected):
 
 def test_a_pass_asked_for_twice_is_one_object():
     context = context_of(tiny_task())
-    assert context.run(Pass("image")) is context.run(Pass("image", "student", "clean"))
+    assert context.run(Pass("image")) is context.run(Pass("image", "student", text="other"))
+    assert context.run(Pass("text")) is context.run(Pass("text", view="other", guide=None))
+    teacher = Pass("image", "teacher")
+    assert context.run(teacher) is context.run(teacher._replace(guide=None))  # it never prunes
+
+
+def test_a_pass_may_read_other_images_and_be_guided_by_another_text():
+    task = tiny_task()
+    context = context_of(task)
+    input_ids, attention_mask = context.texts["clean"]
+    context.texts["turned"] = (input_ids.flip(0), attention_mask.flip(0))
+    context.views["turned"] = context.batch.images.flip(0)
+    turned = context.run(Pass("fusion", text="turned", view="turned", guide="turned"))
+    torch.testing.assert_close(turned.pooled.flip(0), context.run(Pass("fusion")).pooled)
+    plain = context.run(Pass("image", guide=None))
+    assert plain.keep.lengths == () and plain.image_embeds.shape == (4, 17, 32)
 
 
 def test_the_students_image_is_pruned_and_the_teachers_is_not():
@@ -111,20 +126,19 @@ def test_fusion_with_masked_text_sees_the_tokens_that_the_clean_caption_chose():
     context = context_of(task)
     input_ids, attention_mask = context.texts["clean"]
     context.texts["masked"] = (torch.full_like(input_ids, 4), attention_mask)
-    fused = context.run(Pass("fusion", text="masked"))
-    clean_image = context.run(Pass("image")).image_embeds
-    states = task.model.encode_text(*context.texts["masked"]).text_embeds
-    assert torch.equal(fused, task.model.fuse(states, attention_mask, clean_image))
-    assert Pass("image", text="masked") not in context.passes
+    fused = context.run(Pass("fusion", text="masked")).text
+    text = task.model.encode_text(*context.texts["masked"])
+    assert torch.equal(fused, task.model.fuse(text, context.run(Pass("image"))).text)
+    assert [spec.guide for spec in context.passes if spec.tower == "image"] == ["clean"]
 
 
 def test_only_the_students_passes_carry_a_gradient():
     context = context_of(tiny_task())
     for who in ("student", "teacher"):
-        made = context.run(Pass("fusion", who)), context.run(Pass("image", who)).image_feat
+        made = context.run(Pass("fusion", who)).text, context.run(Pass("image", who)).image_feat
         assert [x.requires_grad for x in made] == [who == "student"] * 2
     with torch.no_grad():
-        assert not context_of(tiny_task()).run(Pass("fusion")).requires_grad
+        assert not context_of(tiny_task()).run(Pass("fusion")).pooled.requires_grad
 
 
 def splitmix(x):

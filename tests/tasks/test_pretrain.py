@@ -12,6 +12,7 @@ from elip_ds.errors import UserError
 from elip_ds.models import ImageFeatures, TextFeatures
 from elip_ds.objectives import Progress
 from elip_ds.tasks import Pretrain, build_pretrain, min_micro_batch
+from elip_ds.towers.pruning import full_index
 
 PROGRESS = Progress(step=1, samples_seen=8, samples_per_epoch=64)
 CPU = torch.device("cpu")
@@ -33,8 +34,8 @@ def reordered(*names):
 def test_itm_without_itc_is_refused_and_what_it_lacks_is_named():
     with pytest.raises(
         UserError,
-        match=r"objectives\.itm needs sim_i2t, sim_t2i, which no objective before it gives; "
-        r"order now: itm, mlm",
+        match=r"objectives\.itm needs sim_i2t, sim_t2i, which neither model\.name=albef nor an "
+        r"objective before it gives; order now: itm, mlm",
     ):
         build_pretrain(reordered("itm", "mlm"), tiny_vocabulary())
 
@@ -156,6 +157,8 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes(change, me
 class Numbered(nn.Module):
     """Reads an image's and a caption's number and answers with that axis of the joint space."""
 
+    gives = frozenset({"joint_space"})
+
     def __init__(self, width=32):
         super().__init__()
         self.axes = nn.Parameter(torch.eye(width))
@@ -163,13 +166,13 @@ class Numbered(nn.Module):
 
     def encode_text(self, input_ids, attention_mask):
         feat = self.dropout(self.axes[input_ids[:, 1]])
-        return TextFeatures(feat, attention_mask, feat)
+        return TextFeatures(input_ids, attention_mask, feat, feat, feat)
 
     def encode_image(self, images, guide=None):
         assert guide is None
         number = ((images[:, 0, 0, 0] * 0.26862954 + 0.48145466) * 255).round().long()
         feat = self.dropout(self.axes[number])
-        return ImageFeatures(feat, feat, None)
+        return ImageFeatures(feat, full_index(len(feat), 1, feat.device), feat)
 
 
 class NumberedPairs:

@@ -11,8 +11,8 @@ from elip_ds.towers.layers import (
     MLP,
     CrossAttention,
     FusedQKV,
+    PreNormBlock,
     SelfAttention,
-    ViTBlock,
     init_linear_and_norm,
     merge_heads,
     recomputed,
@@ -87,7 +87,7 @@ def test_class_attention_of_a_half_precision_block_is_fp32(x):
 
 
 def test_class_attention_of_a_block_looks_behind_its_first_norm(x):
-    block = uneven(ViTBlock(WIDTH, HEADS, 64, eps=1e-6))
+    block = uneven(PreNormBlock(WIDTH, HEADS, 64, eps=1e-6))
     expected = block.attn.class_attention(block.norm1(x))
     assert torch.equal(block.class_attention(x), expected)
     assert not torch.equal(block.class_attention(x), block.attn.class_attention(x))
@@ -129,7 +129,7 @@ def test_heads_split_and_merge_back(x):
 
 
 def test_the_vit_block_is_pre_norm_and_its_mlp_uses_the_exact_gelu(x):
-    block = uneven(ViTBlock(WIDTH, HEADS, 64, eps=1e-6))
+    block = uneven(PreNormBlock(WIDTH, HEADS, 64, eps=1e-6))
     y = x + block.attn(block.norm1(x))
     hidden = block.mlp.fc1(block.norm2(y))
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
@@ -160,7 +160,7 @@ def test_init_draws_weights_and_clears_biases(truncated):
 
 
 def test_recomputed_stores_only_the_inputs_of_a_block(x):
-    block = uneven(ViTBlock(WIDTH, HEADS, 256, eps=1e-6))
+    block = uneven(PreNormBlock(WIDTH, HEADS, 256, eps=1e-6))
 
     def saved_bytes(run):
         sizes = []
