@@ -16,37 +16,43 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from elip_ds.config import ShardSource, read_config
+from elip_ds.config import read_config
+from elip_ds.config.schema import ShardSource
 from elip_ds.data import build_loaders, open_sources, read_vocabulary
 from elip_ds.dist import read_ranks
 from elip_ds.errors import exit_with
-from elip_ds.run import Run
+from elip_ds.run import Run, find_checkpoint
 from elip_ds.tasks import build_pretrain
 
 
 def main(argv: list[str]) -> None:
     words = parse_arguments(argv)
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's logger; stdout is for the scores
-        from elip_ds.engine import find_checkpoint, load_weights
+        from elip_ds.engine import load_weights
     checkpoint = find_checkpoint(words.checkpoint)
     cfg = read_config(checkpoint / "config.yaml")
     pairs = [ShardSource(words.shards)] if words.shards else cfg.data.val
     data = dataclasses.replace(cfg.data, train=pairs, val=pairs)  # training shards may be gone
     run = Run(read_ranks(), checkpoint.parent.parent, cfg.run.seed)
-    vocabulary = read_vocabulary(checkpoint / "vocab.txt")
+    vocabulary = read_vocabulary(checkpoint / "tokenizer.json")
     _, held_out = build_loaders(
         data,
         open_sources(data, run),
         vocabulary,
         run,
-        image_size=cfg.model.vision.image_size,
+        image_size=cfg.model.vision.pixels,
         micro_batch_size=1,
         eval_batch_size=cfg.eval.batch_size,
         max_eval=words.max_samples,
     )
     task = build_pretrain(cfg, vocabulary)
     load_weights(checkpoint, task)
-    scores = task.to(run.device).evaluate(held_out, run.device)
+    scores = task.to(run.device).evaluate(
+        held_out,
+        run.device,
+        match_candidates=cfg.eval.match_candidates,
+        prune=cfg.eval.prune,
+    )
     show(checkpoint, scores, as_json=words.json)
 
 

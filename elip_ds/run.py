@@ -25,6 +25,25 @@ STOP_EVERY = 10
 "Steps between two agreements on stopping; each waits for the device once."
 
 
+META = "meta.json"
+"The last file of a checkpoint to be written; a folder without it is none."
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first. A folder gets its name only when all of it is on disk."""
+    return sorted(p for p in folder.glob("step-*") if (p / META).is_file())
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder itself, or the newest one of a run. Raises UserError if there is none."""
+    if (path / META).is_file():
+        return path
+    found = list_checkpoints(path / "ckpt")
+    if not found:
+        raise UserError(f"{path} is neither a checkpoint nor a run that has one")
+    return found[-1]
+
+
 @dataclass
 class Run:
     """dir: the run's folder.  seed: of the whole run; ranks that must differ add their number."""
@@ -128,7 +147,7 @@ def _claim_folder(run: Run, config: Config) -> str | None:
     changed = changed_keys(read_config(kept), config)
     trained = (run.dir / "metrics.jsonl").exists() or any((run.dir / "ckpt").glob("step-*"))
     if changed and not trained:  # an earlier start went no further than its faults
-        (run.dir / "vocab.txt").unlink(missing_ok=True)
+        (run.dir / "tokenizer.json").unlink(missing_ok=True)
     if not changed or not trained:
         return None
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

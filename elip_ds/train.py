@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         sources,
         vocabulary,
         run,
-        image_size=cfg.model.vision.image_size,
+        image_size=cfg.model.vision.pixels,
         micro_batch_size=plan.micro_batch_size,
         eval_batch_size=cfg.eval.batch_size,
         max_eval=cfg.eval.max_samples,

@@ -14,12 +14,32 @@ pytest_plugins = ["end_to_end.jobs"]  # start(): real runs of train.py
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def tiny_words(*changes: str) -> list[str]:
-    """Words that shrink the demo preset to something that steps in milliseconds.
+TEXT = ["model.text.depth=2", "model.text.dropout=0.0"]
+JOINT_SPACE = ["model.embed_dim=16"]
+FUSION = [f"model.fusion.{x}" for x in ("width=32", "depth=2", "heads=2", "dropout=0.0")]
+PARTS_BY_MODEL = {
+    "albef": [*TEXT, "model.text.fusion_layer=1", *JOINT_SPACE],
+    "blip": [*TEXT, *JOINT_SPACE],
+    "meter": [*TEXT, *FUSION],
+    # Its kind of vocabulary has 514 entries at least.
+    "clip": ["model.text.depth=2", "model.text.vocab_size=520", *JOINT_SPACE],
+}
+TEACHER = ["objectives.itc.queue_size=32", "objectives.itc.alpha=0.4", "objectives.itc.weight=1.0"]
+OBJECTIVES_BY_MODEL = {
+    "albef": [*TEACHER, "objectives.mlm.alpha=0.4"],
+    "blip": TEACHER,
+    "meter": [],
+    "clip": [],
+}
+
+
+def tiny_words(*changes: str, model: str = "albef") -> list[str]:
+    """Words that shrink a model's tiny preset to something that steps in milliseconds.
 
     changes: further words; each takes the place of those that it contradicts.
     """
     words = [
+        f"preset={'demo' if model == 'albef' else f'{model}_tiny'}",
         "data.text_length=12",
         "data.workers=0",
         "data.builtin.train=64",
@@ -32,18 +52,12 @@ def tiny_words(*changes: str) -> list[str]:
         "model.vision.heads=2",
         "model.text.vocab_size=64",
         "model.text.width=32",
-        "model.text.depth=2",
-        "model.text.fusion_layer=1",
         "model.text.heads=2",
         "model.text.max_positions=16",
-        "model.text.dropout=0.0",
-        "model.embed_dim=16",
+        *PARTS_BY_MODEL[model],
         "pruning.stages=[{layer: 1, lookahead: 1, keep_ratio: 0.5}, "
         "{layer: 2, lookahead: 1, keep_ratio: 0.25}]",
-        "objectives.itc.queue_size=32",
-        "objectives.itc.alpha=0.4",
-        "objectives.itc.weight=1.0",
-        "objectives.mlm.alpha=0.4",
+        *OBJECTIVES_BY_MODEL[model],
         "teacher.momentum=0.995",
         "optim.lr=1e-3",
         "schedule.length=64 samples",
@@ -61,8 +75,13 @@ def tiny_words(*changes: str) -> list[str]:
     return [*(word for word in words if not contradicted(word)), *changes]
 
 
-def tiny_vocabulary() -> Vocabulary:
-    return Vocabulary((*SPECIALS, *(f"word{i}" for i in range(64 - len(SPECIALS)))))
+def tiny_vocabulary(kind: str = "albef") -> Vocabulary:
+    """64 entries; of roberta and clip as few as they can have, 261 and 514."""
+    if kind in ("roberta", "clip"):
+        return Vocabulary.of_merges([], kind)
+    added = 2 if kind == "blip" else 0
+    words = (*SPECIALS, *(f"word{i}" for i in range(64 - len(SPECIALS) - added)))
+    return Vocabulary.of_words(words, kind)
 
 
 def random_batch(size: int, seed: int = 0) -> Batch:
@@ -83,10 +102,10 @@ def random_batch(size: int, seed: int = 0) -> Batch:
     return batch.to(torch.device("cpu"), torch.float32)
 
 
-def tiny_task(*words: str) -> Pretrain:
+def tiny_task(*words: str, model: str = "albef") -> Pretrain:
     """The task of the tiny config changed by words, with the same weights at every call."""
     torch.manual_seed(0)
-    return build_pretrain(load_config(tiny_words(*words)), tiny_vocabulary())
+    return build_pretrain(load_config(tiny_words(*words, model=model)), tiny_vocabulary())
 
 
 @pytest.fixture

@@ -62,9 +62,9 @@ def test_another_configuration_may_not(run):
 
 def test_a_start_that_never_trained_claims_no_folder(run):
     keep(run, config_with("optim.lr=0.5"), trained=False)
-    (run.dir / "vocab.txt").write_text("of other captions")
+    (run.dir / "tokenizer.json").write_text("of other captions")
     assert _claim_folder(run, config_with()) is None
-    assert not (run.dir / "vocab.txt").exists()
+    assert not (run.dir / "tokenizer.json").exists()
 
 
 def test_another_configuration_may_with_a_word(run):

@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from elip_ds import registry
-from elip_ds.data import write_shards
+from elip_ds.data.shards import write_shards
 from elip_ds.errors import UserError, exit_with
 
 

@@ -24,14 +24,15 @@ from rich.table import Table
 
 from elip_ds import registry
 from elip_ds.config import Config, read_config
-from elip_ds.data import Batch, Record, read_vocabulary
+from elip_ds.data import Batch, read_vocabulary
 from elip_ds.data.augment import eval_image
 from elip_ds.data.decode import decode_image
-from elip_ds.data.record import BadSample
+from elip_ds.data.record import BadSample, Record
 from elip_ds.data.shards import ShardReader, expand_shards
 from elip_ds.data.sources.synthetic import scenes
 from elip_ds.data.text import CaptionTokenizer
-from elip_ds.engine import find_checkpoint, load_weights
+from elip_ds.engine import load_weights
+from elip_ds.run import find_checkpoint
 from elip_ds.errors import UserError, exit_with
 from elip_ds.tasks import build_pretrain
 from elip_ds.towers import KeepIndex
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     shown = []
     for record, image in islice(read_pairs(config, args.shards), args.count):
         caption, stages = record.captions[0], []
-        batch = make_batch(image, caption, config.model.vision.image_size, tokenizer)
+        batch = make_batch(image, caption, config.model.vision.pixels, tokenizer)
         for number, keep in enumerate(prune_by_stage(models, batch), start=1):
             light = brightness(keep)
             kept = int((light == 1).sum())
@@ -109,7 +110,7 @@ def load_models(checkpoint: Path) -> tuple[Config, list[Any], CaptionTokenizer]:
     stages = config.pruning.stages
     if not stages:
         raise UserError(f"{checkpoint} was trained with pruning.stages=[]: nothing to show")
-    vocabulary = read_vocabulary(checkpoint / "vocab.txt")
+    vocabulary = read_vocabulary(checkpoint / "tokenizer.json")
     task = build_pretrain(config, vocabulary)
     load_weights(checkpoint, task)
     build = registry.resolve(registry.MODELS, config.model.name, "model.name")
@@ -144,7 +145,9 @@ def read_pairs(config: Config, shards: str | None) -> Iterator[tuple[Record, Ima
             reader.close()
 
 
-def make_batch(image: Image.Image, caption: str, size: int, tokenizer: CaptionTokenizer) -> Batch:
+def make_batch(
+    image: Image.Image, caption: str, size: tuple[int, int], tokenizer: CaptionTokenizer
+) -> Batch:
     """A batch of one, as a held-out pair comes to the model."""
     ids = tokenizer(caption)[None]
     return Batch(
@@ -182,7 +185,7 @@ def draw(image: Image.Image, light: np.ndarray, lines: list[str]) -> Image.Image
     cell = -(-PICTURE // grid)
     side = grid * cell
     light = light.reshape(grid, grid).repeat(cell, 0).repeat(cell, 1)[..., None]
-    pixels = eval_image(image, side) * light + np.array(TINT) * (1 - light)
+    pixels = eval_image(image, (side, side)) * light + np.array(TINT) * (1 - light)
     font = ImageFont.load_default(size=13)
     text = "\n".join(row for line in lines for row in wrap(line, font, side - 8))
     height = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font)[3]

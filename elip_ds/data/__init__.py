@@ -3,19 +3,18 @@
 from elip_ds.data.batch import Batch
 from elip_ds.data.corpus import build_vocabulary, open_sources
 from elip_ds.data.loader import HeldOut, TrainLoader, build_loaders
-from elip_ds.data.record import Record
-from elip_ds.data.shards import write_shards
-from elip_ds.data.text import Vocabulary, read_vocabulary
+from elip_ds.data.prepare import Preprocessor, named_vocabulary
+from elip_ds.data.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = [
     "Batch",
     "HeldOut",
-    "Record",
+    "Preprocessor",
     "TrainLoader",
     "Vocabulary",
     "build_loaders",
     "build_vocabulary",
+    "named_vocabulary",
     "open_sources",
     "read_vocabulary",
-    "write_shards",
 ]

@@ -1,4 +1,4 @@
-"""Image transforms: a random crop and mirror for training, a plain resize for testing.
+"""Image transforms: a random crop and mirror for training, a plain resize or crop for testing.
 
 Images stay uint8; normalisation happens on the device (batch.py). Randomness comes from a generator
 that the caller keys by sample and epoch, so it does not depend on workers or ranks.
@@ -13,6 +13,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 "CLIP's statistics, which ALBEF, BLIP, METER and CLIP all use."
 
+BANNER = 100
+"Of an image longer than so many times its other side only the middle is scaled: memory is finite."
+
 
 def keyed_generator(*words: int) -> np.random.Generator:
     """A generator that depends on nothing but these numbers."""
@@ -20,20 +23,50 @@ def keyed_generator(*words: int) -> np.random.Generator:
 
 
 def train_image(
-    image: Image.Image, size: int, rng: np.random.Generator, *, scale: list[float], flip: bool
+    image: Image.Image,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    scale: list[float] | None,
+    flip: bool,
+    resize: str = "squash",
 ) -> np.ndarray:
-    """A crop of random area (share in scale) and aspect (3/4..4/3) -> (size, size, 3) uint8."""
-    box = random_box(image.width, image.height, rng, scale)
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    pixels = np.asarray(image)
+    """A crop of random area (share in scale) and aspect (3/4..4/3), half of them mirrored.
+
+    size: height, width.  scale: None crops nothing at random and sizes as eval_image does.
+    Returns (H, W, 3) uint8.
+    """
+    if scale is None:
+        pixels = eval_image(image, size, resize)
+    else:
+        box = random_box(image.width, image.height, rng, scale)
+        pixels = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box=box))
     if flip and rng.random() < 0.5:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
 
 
-def eval_image(image: Image.Image, size: int) -> np.ndarray:
-    """Resized to exactly (size, size, 3) uint8, whatever its aspect, as ALBEF and BLIP do."""
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+def eval_image(image: Image.Image, size: tuple[int, int], resize: str = "squash") -> np.ndarray:
+    """An RGB image -> (H, W, 3) uint8. size: height, width.
+
+    resize: "squash" gives up the aspect, as ALBEF and BLIP do; "center_crop" scales the image until
+    it just covers the size and cuts off the rest on both sides, as METER and CLIP do.
+    """
+    if resize == "squash":
+        return np.array(image.resize(size[::-1], Image.Resampling.BICUBIC))
+    assert resize == "center_crop", resize
+    h, w = size
+    width, height = min(image.width, BANNER * image.height), min(image.height, BANNER * image.width)
+    image = _cut_center(image, width, height)
+    # One side as wanted, the other as long as the aspect makes it, rounded down: torchvision's way.
+    fits = w * height >= h * width
+    scaled = (w, w * height // width) if fits else (h * width // height, h)
+    return np.array(_cut_center(image.resize(scaled, Image.Resampling.BICUBIC), w, h))
+
+
+def _cut_center(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def random_box(

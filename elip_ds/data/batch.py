@@ -20,8 +20,8 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (B, 3, S, S), uint8 from the loader, normalised floats after to().
-    input_ids, attention_mask: (B, L), int64, [CLS] first.
+    """images: (B, 3, H, W), uint8 from the loader, normalised floats after to().
+    input_ids, attention_mask: (B, L), int64, the class token first.
     sample_key: (B,), int64, a stable hash of source and key.
     keys: the samples' names.  skipped: what was left out on the way here.
     """
@@ -38,12 +38,9 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """On the device, with the images normalised in fp32 and then rounded to dtype."""
-        images = self.images.to(device, non_blocking=True).float() / 255
-        mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
-        std = torch.tensor(STD, device=device).view(3, 1, 1)
         return replace(
             self,
-            images=((images - mean) / std).to(dtype),
+            images=normalise(self.images.to(device, non_blocking=True)).to(dtype),
             input_ids=self.input_ids.to(device, non_blocking=True),
             attention_mask=self.attention_mask.to(device, non_blocking=True),
             sample_key=self.sample_key.to(device, non_blocking=True),
@@ -51,6 +48,13 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         return replace(self, images=self.images.pin_memory())
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 -> fp32 with CLIP's mean and deviation per channel taken out."""
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
 
 
 def stable_hash(text: str) -> int:

@@ -6,12 +6,17 @@ from pathlib import Path
 
 from elip_ds.config.schema import DataConfig
 from elip_ds.data.builtin import builtin_shards
+from elip_ds.data.learn import check_size, learn_vocabulary
 from elip_ds.data.order import SourceSize
 from elip_ds.data.record import BadSample
 from elip_ds.data.shards import ShardReader, count_samples, expand_shards
-from elip_ds.data.text import Vocabulary, learn_vocabulary, read_vocabulary
+from elip_ds.data.vocabulary import Vocabulary, read_vocabulary
+from elip_ds.data.vocabulary_files import load_vocabulary
 from elip_ds.errors import UserError
 from elip_ds.run import Run
+
+KEPT = "tokenizer.json"
+"The file of the run folder that keeps its vocabulary."
 
 
 @dataclass(frozen=True)
@@ -48,28 +53,39 @@ def open_sources(config: DataConfig, run: Run) -> dict[str, list[Source]]:
 def build_vocabulary(
     config: DataConfig, sources: dict[str, list[Source]], run: Run, size: int
 ) -> Vocabulary:
-    """The file that the config names, or one learned from the training captions; kept with the run.
+    """What the config names, or one learned from the training captions; kept with the run.
 
     Raises UserError when it has more than size entries, or is not the one that the run began with.
     """
-    kept = run.dir / "vocab.txt"
-    given = None if config.vocabulary == "auto" else read_vocabulary(Path(config.vocabulary))
-    if given and len(given) > size:
-        raise UserError(
-            f"data.vocabulary={config.vocabulary} has {len(given)} entries, model.text.vocab_size="
-            f"{size}; set model.text.vocab_size={len(given)}"
-        )
+    kept, given = run.dir / KEPT, None
+    if config.vocabulary == "auto":
+        check_size(size, config.tokenizer)
+    else:
+        given = load_vocabulary(config.vocabulary, config.tokenizer, Path(config.root))
+        _check_fits(given, size, f"data.vocabulary={config.vocabulary}")
     if run.first and not kept.exists():
-        words = (given or learn_vocabulary(_captions(sources["train"]), size)).words
-        run.write_text(kept, "\n".join(words) + "\n")
+        captions = _captions(sources["train"]) if given is None else ()
+        run.write_text(kept, (given or learn_vocabulary(captions, size, config.tokenizer)).json)
     run.wait()
     vocabulary = read_vocabulary(kept)
-    if given and given != vocabulary:
-        raise UserError(
-            f"data.vocabulary={config.vocabulary} is not {kept}, with which this run began; choose "
-            "another run.name"
-        )
+    for key, wanted, found in (
+        (f"data.tokenizer={config.tokenizer}", config.tokenizer, vocabulary.kind),
+        (f"data.vocabulary={config.vocabulary}", given or vocabulary, vocabulary),
+    ):
+        if found != wanted:
+            raise UserError(
+                f"{key} is not that of {kept}, with which this run began; choose another run.name"
+            )
+    _check_fits(vocabulary, size, f"{kept}, with which this run began,")
     return vocabulary
+
+
+def _check_fits(vocabulary: Vocabulary, size: int, name: str) -> None:
+    if len(vocabulary) > size:
+        raise UserError(
+            f"{name} has {len(vocabulary)} entries, model.text.vocab_size={size}; set "
+            f"model.text.vocab_size={len(vocabulary)}"
+        )
 
 
 def _captions(sources: Sequence[Source]) -> Iterator[str]:

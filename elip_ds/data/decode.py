@@ -13,14 +13,15 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()  # Pillow decodes no sooner than it must
-        return _rgb(image)
+        return to_rgb(image)
     except UnidentifiedImageError:
         raise BadSample(f"no image format has these {len(data)} bytes") from None
     except Exception as error:  # broken files make the decoders raise all sorts, struct.error say
         raise BadSample(f"cannot be decoded: {error}") from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB of 8 bits, transparency put on white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -19,7 +19,8 @@ from elip_ds.data.batch import Batch, Skipped
 from elip_ds.data.corpus import Source
 from elip_ds.data.order import Place, SampleOrder, rank_batches
 from elip_ds.data.pairs import PairDataset
-from elip_ds.data.text import CaptionTokenizer, Vocabulary
+from elip_ds.data.text import CaptionTokenizer
+from elip_ds.data.vocabulary import Vocabulary
 from elip_ds.errors import UserError
 from elip_ds.run import Run
 
@@ -190,12 +191,12 @@ def build_loaders(
     vocabulary: Vocabulary,
     run: Run,
     *,
-    image_size: int,
+    image_size: tuple[int, int],
     micro_batch_size: int,
     eval_batch_size: int,
     max_eval: int | None,
 ) -> tuple[TrainLoader, HeldOut]:
-    """The training stream and the held-out pairs of a run."""
+    """The training stream and the held-out pairs of a run. image_size: height, width."""
     tokenizer = CaptionTokenizer(vocabulary, config.text_length)
     train, val = (
         PairDataset(

@@ -29,7 +29,7 @@ BAD_IN_A_ROW = 100
 
 
 class Pair(NamedTuple):
-    """pixels: (S, S, 3) uint8.  ids: (L,) int64."""
+    """pixels: (H, W, 3) uint8.  ids: (L,) int64."""
 
     pixels: np.ndarray
     ids: np.ndarray
@@ -38,7 +38,10 @@ class Pair(NamedTuple):
 
 
 class PairDataset(Dataset):
-    """Lists of places -> batches. augment: crop, mirror and caption drawn at random."""
+    """Lists of places -> batches. augment: crop, mirror and caption drawn at random.
+
+    image_size: height, width.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,7 @@ class PairDataset(Dataset):
         tokenizer: CaptionTokenizer,
         config: DataConfig,
         *,
-        image_size: int,
+        image_size: tuple[int, int],
         seed: int,
         augment: bool,
     ) -> None:
@@ -121,8 +124,13 @@ class PairDataset(Dataset):
             rng = keyed_generator(self.seed, 3, place.epoch, sample_key)
             caption = record.captions[int(rng.integers(len(record.captions)))]
             pixels = train_image(
-                image, self.image_size, rng, scale=self.config.crop_scale, flip=self.config.flip
+                image,
+                self.image_size,
+                rng,
+                scale=self.config.crop_scale,
+                flip=self.config.flip,
+                resize=self.config.resize,
             )
         else:
-            pixels = eval_image(image, self.image_size)
+            pixels = eval_image(image, self.image_size, self.config.resize)
         return Pair(pixels, self.tokenizer(caption), sample_key, key)

@@ -206,7 +206,9 @@ class ShardReader:
         if captions is None and "txt" in entry.members:
             captions = self._bytes(entry, "txt").decode("utf-8", errors="replace").strip()
         listed = captions if isinstance(captions, list) else [captions]
-        usable = tuple(c for c in listed if isinstance(c, str) and c.strip())
+        # JSON can spell half a surrogate pair, which no tokenizer takes.
+        texts = [c.encode(errors="replace").decode() for c in listed if isinstance(c, str)]
+        usable = tuple(text for text in texts if text.strip())
         if not usable:
             raise BadSample("no caption")
         return usable

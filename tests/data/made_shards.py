@@ -11,13 +11,14 @@ from PIL import Image
 
 from elip_ds.config import load_config
 from elip_ds.config.schema import DataConfig, ShardSource
-from elip_ds.data import Batch, HeldOut, Record, TrainLoader, build_loaders, open_sources
-from elip_ds.data.text import SPECIALS, Vocabulary
+from elip_ds.data import Batch, HeldOut, TrainLoader, Vocabulary, build_loaders, open_sources
+from elip_ds.data.record import Record
+from elip_ds.data.vocabulary import SPECIALS
 from elip_ds.dist import Ranks
 from elip_ds.run import Run
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-VOCABULARY = Vocabulary((*SPECIALS, "number", "picture", *WORDS))
+VOCABULARY = Vocabulary.of_words((*SPECIALS, "number", "picture", *WORDS))
 
 
 def png(number: int, size: tuple[int, int] = (24, 16)) -> bytes:
@@ -63,13 +64,14 @@ def make_loaders(
     micro: int = 4,
     eval_batch: int = 4,
     max_eval: int | None = None,
+    image_size: tuple[int, int] = (16, 16),
 ) -> tuple[TrainLoader, HeldOut]:
     return build_loaders(
         config,
         open_sources(config, run),
         VOCABULARY,
         run,
-        image_size=16,
+        image_size=image_size,
         micro_batch_size=micro,
         eval_batch_size=eval_batch,
         max_eval=max_eval,

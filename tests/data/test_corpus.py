@@ -7,9 +7,11 @@ import pytest
 from made_shards import VOCABULARY, data_config, make_run, record, write_tar
 
 from elip_ds.config.schema import BuiltinConfig, DataConfig, ShardSource
-from elip_ds.data import Vocabulary, build_vocabulary, open_sources, read_vocabulary, write_shards
+from elip_ds.data import Vocabulary, build_vocabulary, open_sources, read_vocabulary
 from elip_ds.data.builtin import builtin_shards
+from elip_ds.data.shards import write_shards
 from elip_ds.data.sources.synthetic import MIN_IMAGE_SIZE
+from elip_ds.data.vocabulary import KINDS
 from elip_ds.errors import UserError
 from elip_ds.run import Run
 
@@ -78,7 +80,7 @@ def test_the_configuration_knows_the_smallest_scene() -> None:
 def test_a_vocabulary_is_learned_from_the_captions_and_kept(config: DataConfig, run: Run) -> None:
     vocabulary = build_vocabulary(config, open_sources(config, run), run, 100)
     assert {"number", "picture"} <= vocabulary.ids.keys()
-    kept = run.dir / "vocab.txt"
+    kept = run.dir / "tokenizer.json"
     assert read_vocabulary(kept) == vocabulary
     time = kept.stat().st_mtime_ns
     assert build_vocabulary(config, open_sources(config, run), run, 100) == vocabulary
@@ -98,10 +100,12 @@ def test_a_given_vocabulary_is_kept_with_the_run(
     given.write_text("\n".join(VOCABULARY.words))
     config = replace(config, vocabulary=str(given))
     assert build_vocabulary(config, {}, run, 17) == VOCABULARY
-    assert read_vocabulary(run.dir / "vocab.txt") == VOCABULARY
+    assert read_vocabulary(run.dir / "tokenizer.json") == VOCABULARY
 
     given.write_text("\n".join([*VOCABULARY.words[:-1], "ten"]))
-    with pytest.raises(UserError, match=rf"^data.vocabulary={given} is not {run.dir}/vocab.txt"):
+    with pytest.raises(
+        UserError, match=rf"^data.vocabulary={given} is not that of {run.dir}/tokenizer"
+    ):
         build_vocabulary(config, {}, run, 17)
 
 
@@ -113,10 +117,45 @@ def test_a_given_vocabulary_must_fit_the_model(
     config = replace(config, vocabulary=str(given))
     with pytest.raises(UserError, match=r"has 17 entries, .*; set model\.text\.vocab_size=17$"):
         build_vocabulary(config, {}, run, 16)
-    assert not (run.dir / "vocab.txt").exists()
+    assert not (run.dir / "tokenizer.json").exists()
 
 
 def test_the_vocabulary_of_another_rank_is_read(config: DataConfig, tmp_path: Path) -> None:
     first, second = (make_run(tmp_path / "run", rank, 2) for rank in (0, 1))
     words: Vocabulary = build_vocabulary(config, open_sources(config, first), first, 100)
     assert build_vocabulary(config, {}, second, 100) == words
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_of_every_kind_is_learned(config: DataConfig, run: Run, kind: str) -> None:
+    config = replace(config, tokenizer=kind)
+    vocabulary = build_vocabulary(config, open_sources(config, run), run, 600)
+    assert vocabulary.kind == kind and KINDS[kind].min_entries < len(vocabulary) <= 600
+    assert read_vocabulary(run.dir / "tokenizer.json") == vocabulary
+
+
+def test_a_run_keeps_to_its_tokenizer(config: DataConfig, run: Run) -> None:
+    sources = open_sources(config, run)
+    build_vocabulary(config, sources, run, 600)
+    line = rf"^data.tokenizer=clip is not that of {run.dir}/tokenizer.json, with which this run"
+    with pytest.raises(UserError, match=line):
+        build_vocabulary(replace(config, tokenizer="clip"), sources, run, 600)
+
+
+def test_a_model_that_became_too_small_for_the_kept_vocabulary(
+    config: DataConfig, run: Run
+) -> None:
+    sources = open_sources(config, run)
+    kept = build_vocabulary(config, sources, run, 600)
+    line = rf"tokenizer.json, with which this run began, has {len(kept)} entries"
+    with pytest.raises(UserError, match=line):
+        build_vocabulary(config, sources, run, len(kept) - 1)
+
+
+def test_too_few_entries_for_a_kind_are_noticed_by_every_rank(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    config = replace(config, tokenizer="clip")
+    for rank in (0, 1):
+        with pytest.raises(UserError, match=r"model\.text\.vocab_size=64: .* has 514 entries"):
+            build_vocabulary(config, {}, make_run(tmp_path / "run", rank, 2), 64)

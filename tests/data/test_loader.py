@@ -25,8 +25,9 @@ from made_shards import (
 
 from elip_ds import dist
 from elip_ds.config.schema import DataConfig
-from elip_ds.data import Batch, TrainLoader, write_shards
-from elip_ds.data.shards import INDEX
+from elip_ds.data import Batch, TrainLoader, build_loaders, build_vocabulary, open_sources
+from elip_ds.data.shards import INDEX, write_shards
+from elip_ds.data.vocabulary import KINDS
 from elip_ds.errors import UserError
 from elip_ds.run import Run
 from elip_ds.tasks.pretrain import _in_order
@@ -145,6 +146,50 @@ def test_it_knows_the_data_of_its_checkpoint(config: DataConfig, run: Run) -> No
     loader.check_state(json.loads(json.dumps(loader.state())))
     with pytest.raises(UserError, match=r"data.train holds \[30\] samples, .* had \[29\]"):
         loader.check_state({"samples": [29]})
+
+
+def test_images_may_be_higher_than_wide(config: DataConfig, run: Run) -> None:
+    for resize, scale in (("squash", [0.3, 1.0]), ("center_crop", None)):
+        changed = replace(config, resize=resize, crop_scale=scale)
+        loader, held_out = make_loaders(changed, run, image_size=(24, 8))
+        for batch in (next(loader), next(iter(held_out))):
+            assert batch.images.shape == (4, 3, 24, 8)
+
+
+@pytest.mark.parametrize("resize", ["squash", "center_crop"])
+def test_training_images_without_a_crop_are_held_out_ones(
+    config: DataConfig, run: Run, resize: str
+) -> None:
+    config = replace(config, val=config.train, resize=resize, crop_scale=None, flip=False)
+    loader, held_out = make_loaders(config, run, micro=COUNT, eval_batch=COUNT)
+    shown, plain = next(loader), next(iter(held_out))
+    for i, key in enumerate(plain.keys):
+        assert torch.equal(shown.images[shown.keys.index(key)], plain.images[i])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_caption_can_be_loaded(config: DataConfig, run: Run, kind: str) -> None:
+    config = replace(config, tokenizer=kind)
+    sources = open_sources(config, run)
+    vocabulary = build_vocabulary(config, sources, run, 600)
+    loader, _ = build_loaders(
+        config,
+        sources,
+        vocabulary,
+        run,
+        image_size=(16, 16),
+        micro_batch_size=4,
+        eval_batch_size=4,
+        max_eval=None,
+    )
+    batch = next(loader)
+    assert (batch.input_ids[:, 0] == vocabulary.special_ids["[CLS]"]).all()
+    lengths = batch.attention_mask.sum(1)
+    if kind != "albef":
+        last = batch.input_ids[torch.arange(4), lengths - 1]
+        assert (last == vocabulary.special_ids["[SEP]"]).all()
+    if kind == "clip":
+        assert torch.equal(batch.input_ids.argmax(1), lengths - 1)
 
 
 # The held-out pairs

@@ -6,9 +6,10 @@ import pytest
 from made_shards import data_config, make_loaders, make_run, take
 
 from elip_ds.data.decode import decode_image
+from elip_ds.data.learn import learn_vocabulary
 from elip_ds.data.record import BadSample
 from elip_ds.data.shards import ShardReader, count_samples, expand_shards
-from elip_ds.data.text import SPECIALS, learn_vocabulary
+from elip_ds.data.vocabulary import SPECIALS
 
 DATA = (Path(__file__).parents[2] / "../shared/data").resolve()
 SAMPLES = {

@@ -9,9 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_shards import png, record, write_tar
 
-from elip_ds.data import Record, write_shards
-from elip_ds.data.record import BadSample
-from elip_ds.data.shards import INDEX, ShardReader, count_samples, expand_shards, scan_shard
+from elip_ds.data.record import BadSample, Record
+from elip_ds.data.shards import (
+    INDEX,
+    ShardReader,
+    count_samples,
+    expand_shards,
+    scan_shard,
+    write_shards,
+)
 from elip_ds.errors import UserError
 
 
@@ -258,6 +264,7 @@ def test_a_text_file_is_the_caption(tmp_path: Path) -> None:
         (b'{"other": 1}', ("text",)),
         (b'{"captions": null}', ("text",)),
         (b"[1]", ("text",)),
+        (b'{"captions": ["a \\ud83d dog"]}', ("a ? dog",)),  # half a surrogate pair
     ],
 )
 def test_the_json_s_captions_count_where_there_are_any(

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from elip_ds.config import dump_config
-from elip_ds.data import Record, write_shards
+from elip_ds.data.record import Record
+from elip_ds.data.shards import write_shards
 from elip_ds.errors import UserError, exit_with
 from elip_ds.tasks import build_pretrain
 
@@ -56,11 +57,11 @@ def write_checkpoint(run, config, vocabulary):
     save_file({name: p.detach().contiguous() for name, p in weights.items()}, folder / FILES[2])
     (folder / FILES[0]).write_text(json.dumps({"step": 3}))
     (folder / FILES[1]).write_text(dump_config(config))
-    (folder / FILES[3]).write_text("\n".join(vocabulary.words) + "\n")
+    (folder / FILES[3]).write_text(vocabulary.json)
     return folder
 
 
-FILES = ("meta.json", "config.yaml", "weights.safetensors", "vocab.txt")
+FILES = ("meta.json", "config.yaml", "weights.safetensors", "tokenizer.json")
 
 
 def patch_light(path, grid):
@@ -102,9 +103,9 @@ def test_a_later_stage_keeps_no_patch_that_an_earlier_one_merged(tool, checkpoin
 def test_the_last_stage_shown_is_what_the_trained_model_does(tool, checkpoint):
     config, models, tokenizer = tool.load_models(checkpoint)
     record, image = next(tool.read_pairs(config, None))
-    batch = tool.make_batch(image, record.captions[0], 32, tokenizer)
+    batch = tool.make_batch(image, record.captions[0], (32, 32), tokenizer)
     shown = tool.prune_by_stage(models, batch)
-    task = build_pretrain(config, tool.read_vocabulary(checkpoint / "vocab.txt"))
+    task = build_pretrain(config, tool.read_vocabulary(checkpoint / "tokenizer.json"))
     tool.load_weights(checkpoint, task)
     guide = task.model.encode_text(batch.input_ids, batch.attention_mask)
     keep = task.model.encode_image(batch.images, guide).keep
