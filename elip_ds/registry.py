@@ -9,11 +9,29 @@ from typing import Any
 
 from elip_ds.errors import UserError
 
-MODELS = {"albef": "elip_ds.models.albef:ALBEF"}
+MODELS = {
+    "albef": "elip_ds.models.albef:ALBEF",
+    "blip": "elip_ds.models.blip:BLIP",
+    "clip": "elip_ds.models.clip:CLIP",
+    "meter": "elip_ds.models.meter:METER",
+}
 OBJECTIVES = {
+    "contrastive": "elip_ds.objectives.contrastive:Contrastive",
     "itc": "elip_ds.objectives.itc:ITC",
     "itm": "elip_ds.objectives.itm:ITM",
+    "lm": "elip_ds.objectives.lm:LM",
     "mlm": "elip_ds.objectives.mlm:MLM",
+}
+# In the order in which a file is compared with them.
+WEIGHTS = {
+    "albef": "elip_ds.weights.albef:FAMILY",
+    "blip": "elip_ds.weights.blip:FAMILY",
+    "blip_hf": "elip_ds.weights.blip:TRANSFORMERS",
+    "meter": "elip_ds.weights.meter:FAMILY",
+    "clip": "elip_ds.weights.clip:FAMILY",
+    "clip_hf": "elip_ds.weights.clip:TRANSFORMERS",
+    "deit": "elip_ds.weights.vit:FAMILY",
+    "bert": "elip_ds.weights.bert:FAMILY",
 }
 TASKS = {"pretrain": "elip_ds.tasks.pretrain:Pretrain"}
 SOURCES = {"scenes": "elip_ds.data.sources.synthetic:scenes"}

@@ -1,4 +1,4 @@
-"""The momentum twin of a model: same modules, no gradient, weights that trail the student's.
+"""The momentum twin of a model: its modules, no gradient, weights that trail the student's.
 
 Source: ALBEF section 3.2 (theta_m <- m theta_m + (1 - m) theta once per optimizer step).
 """
@@ -14,7 +14,7 @@ LocalTensor = Callable[[nn.Parameter], Tensor]
 
 
 class MomentumTwin(nn.Module):
-    """A frozen copy of a model.
+    """A frozen copy of a model, without the modules whose names it lists as `twin_without`.
 
     It lives inside the trained module, so that ZeRO-3 shards and gathers it like the rest; update()
     moves only what this rank holds. In half precision the increments, (1 - m) of a difference,
@@ -24,6 +24,10 @@ class MomentumTwin(nn.Module):
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.model = copy.deepcopy(student).requires_grad_(False)
+        for name in getattr(student, "twin_without", ()):  # few models have it
+            for module in self.model.modules():
+                if name in dict(module.named_children()):
+                    delattr(module, name)
         self._masters: list[Tensor] | None = None
 
     def masters(self, local: LocalTensor) -> list[Tensor]:
@@ -38,7 +42,9 @@ class MomentumTwin(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float, local: LocalTensor) -> None:
         """One step towards the student's present weights, as its forward uses them."""
-        theirs = [local(parameter).to(torch.float32) for parameter in student.parameters()]
+        parameters = dict(student.named_parameters())
+        followed = (parameters[name] for name, _ in self.model.named_parameters())
+        theirs = [local(parameter).to(torch.float32) for parameter in followed]
         torch._foreach_lerp_(self.masters(local), theirs, 1 - momentum)
         self.write_back(local)
 

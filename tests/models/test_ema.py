@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from conftest import tiny_task
 from torch import nn
 
 from elip_ds.models import MomentumTwin
@@ -94,3 +95,56 @@ def test_an_update_touches_only_what_this_rank_holds(dtype):
     for parameter in twin.model.parameters():
         half = parameter.numel() // 2
         assert parameter.flatten().tolist() == [3.0] * half + [1.0] * (parameter.numel() - half)
+
+
+class Thrifty(nn.Module):
+    """A twin needs no head, and of the body not the extra layer."""
+
+    twin_without = ("head", "extra")
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 7)
+        self.body = nn.Sequential(nn.Linear(3, 3))
+        self.body.extra = nn.Linear(3, 5)
+        self.tail = nn.Linear(3, 2)
+
+
+def test_a_twin_lacks_what_its_model_says_it_can_do_without():
+    student = Thrifty()
+    twin = MomentumTwin(student).model
+    assert [n for n, _ in twin.named_parameters()] == [
+        "body.0.weight", "body.0.bias", "tail.weight", "tail.bias"
+    ]  # fmt: skip
+    assert len(list(student.parameters())) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_twin_that_lacks_parts_follows_its_student_by_name(dtype):
+    student = Thrifty().to(dtype)
+    twin = MomentumTwin(student)
+    for i, parameter in enumerate(student.parameters()):
+        nn.init.constant_(parameter, float(i))
+    for parameter in twin.model.parameters():
+        nn.init.constant_(parameter, 10.0)
+    twin.update(student, 0.5, whole)
+    values = {n: {v.item() for v in p.flatten()} for n, p in twin.model.named_parameters()}
+    number = {name: i for i, (name, _) in enumerate(student.named_parameters())}
+    assert values == {name: {5 + number[name] / 2} for name in values}
+
+
+def test_the_twin_of_blip_saves_half_of_its_text_tower():
+    student = tiny_task(model="blip").model
+    kept = sum(p.numel() for p in MomentumTwin(student).model.parameters())
+    width, depth, words = 32, 2, 64
+    attention = 4 * (width * width + width) + 2 * width  # with its norm
+    head = width * width + width + 2 * width + words
+    whole_model = sum(p.numel() for p in student.parameters())
+    assert whole_model - kept == 2 * depth * attention + head == 18336
+    assert 4 * kept == 4 * (whole_model - 18336)  # bytes in fp32
+
+
+def test_the_twin_of_albef_is_all_of_it():
+    student = tiny_task().model
+    names = [n for n, _ in student.named_parameters()]
+    assert [n for n, _ in MomentumTwin(student).model.named_parameters()] == names

@@ -1,0 +1,63 @@
+"""LM: write the caption word by word from the image and the words before.
+
+Source: BLIP (Li et al. 2022) section 3.2 and its released code.
+
+B local batch, L text tokens, D width, V vocabulary, S words to guess in the batch.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from elip_ds import dist
+from elip_ds.errors import UserError
+from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, StepContext
+
+
+@dataclass(frozen=True)
+class LMConfig(ObjectiveConfig):
+    label_smoothing: float = 0.1
+    "Share of the target that is spread evenly over the whole vocabulary."
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"objectives.lm.label_smoothing={self.label_smoothing}: 0 (off) or more, below 1"
+            )
+
+
+class LM(Objective):
+    """Every token but the first is guessed from those before it; padding is not.
+
+    The mean is over the words of all ranks, so that it does not depend on the split over ranks;
+    over accumulation steps it is a mean of means.
+    # differs from BLIP, where each rank divides by its own count.
+    """
+
+    Config = LMConfig
+
+    @classmethod
+    def needs(cls, config: LMConfig) -> frozenset[str]:
+        return frozenset({"decoder"})
+
+    def forward(self, context: StepContext) -> Loss:
+        targets = context.texts["clean"][0][:, 1:]  # (B, L - 1)
+        real = targets != self.setup.special_ids["[PAD]"]
+        states = context.run(Pass("decoder"))[:, :-1][real]  # (S, D)
+        labels = targets[real]
+        logits = context.model().word_logits(states).float()  # (S, V)
+        log_p = logits.log_softmax(dim=1)
+        nats = F.nll_loss(log_p, labels, reduction="none")
+        smoothing = self.config.label_smoothing
+        losses = (1 - smoothing) * nats - smoothing * log_p.mean(dim=1)
+        # The mean number of words a rank, so that the mean over ranks is the mean over words.
+        count = dist.sum_over_ranks(real.sum()).clamp(min=1) / dist.world_size()
+        hits = (logits.argmax(dim=1) == labels).float().sum()
+        return Loss(
+            values={"lm": losses.sum() / count},
+            logs={
+                "lm_accuracy": hits / count,
+                "lm_nats_per_word": nats.detach().sum() / count,  # without smoothing
+            },
+            carry={},
+        )
