@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -97,6 +98,26 @@ def gather_rows(x: Tensor) -> Tensor:
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
     td.all_gather_into_tensor(out, x.detach().contiguous())
     return out
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return gather_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        own = grad.new_empty((len(grad) // world_size(), *grad.shape[1:]))
+        td.reduce_scatter_tensor(own, grad.contiguous())
+        return own
+
+
+def gather_rows_with_grad(x: Tensor) -> Tensor:
+    """As gather_rows; the gradient of x is the sum of what all ranks have for x's rows.
+
+    Every rank goes backward through it, or none does.
+    """
+    return _GatherRows.apply(x) if world_size() > 1 else x
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of contents: every name a config may use, and the class or function behind it.
+"""The table of contents: every name a config may use, and what is behind it.
 
 Strings, resolved on use, so that importing this page costs nothing and it may point upward.
 """

@@ -1,4 +1,7 @@
-"""One rank, and who a process is. Several ranks: tasks/test_world_size.py and end_to_end/."""
+"""One rank, and who a process is.
+
+Several ranks: objectives/test_contrastive.py, tasks/test_world_size.py and end_to_end/.
+"""
 
 import pytest
 import torch
@@ -35,6 +38,14 @@ def test_with_one_rank_everything_is_the_identity():
     assert dist.gather_objects({"a": 1}) == [{"a": 1}]
     assert (dist.rank(), dist.world_size()) == (0, 1)
     dist.barrier()
+
+
+def test_with_one_rank_a_gather_with_gradient_passes_both_on():
+    x = torch.randn(3, 2, requires_grad=True)
+    y = dist.gather_rows_with_grad(x)
+    assert torch.equal(y, x)
+    y.mul(torch.arange(6.0).view(3, 2)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(6.0).view(3, 2))
 
 
 def test_sums_and_maxima_are_new_tensors():

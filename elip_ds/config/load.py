@@ -39,8 +39,8 @@ preset on the built-in scenes, on whatever the machine has.
 examples:
   deepspeed elip_ds/train.py --deepspeed ds_configs/z2.json
   deepspeed elip_ds/train.py --deepspeed ds_configs/z2.json pruning.stages=[] run.name=unpruned
-  deepspeed elip_ds/train.py --deepspeed ds_configs/z1.json preset=albef_base \\
-      'data.train=/data/cc3m/{000000..000331}.tar' 'data.val=/data/coco/val-*.tar'
+  deepspeed elip_ds/train.py --deepspeed ds_configs/z1.json preset=albef_4m \\
+      data.root=/data model.init_from=[deit.pth,bert.safetensors]
 """
 
 
@@ -121,6 +121,8 @@ def build_config(tree: Any) -> Config:
             key: _as_sources(tree["data"][key]) for key in ("train", "val") if key in tree["data"]
         }
         tree = tree | {"data": tree["data"] | short}
+    if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
+        tree = tree | {"model": _with_list(tree["model"], "init_from")}
     model = _model_class(tree)
     objectives = {
         name: registry.resolve(registry.OBJECTIVES, name, "objectives").Config
@@ -144,6 +146,22 @@ def build_config(tree: Any) -> Config:
     config = dataclasses.replace(config, objectives=on)
     _check_across(config)
     return config
+
+
+def config_for_model(model: dict[str, Any]) -> Config:
+    """The published recipe of a model's family, with the model itself as its tree says.
+
+    Of the recipe's pruning what does not fit a tower of another depth is left out.
+    """
+    tree = _read_preset(f"{model['name']}_4m")
+    depth = model["vision"]["depth"]
+    stages = [
+        stage for stage in tree["pruning"]["stages"] if stage["layer"] + stage["lookahead"] <= depth
+    ]
+    tree = _merge(tree, {"pruning": {"stages": stages}, "model": model})
+    limit = build_config(tree | {"data": tree["data"] | {"text_length": 2}}).model.text.max_length
+    length = min(tree["data"]["text_length"], limit)
+    return build_config(_merge(tree, {"data": {"text_length": length}}))
 
 
 def dump_config(config: Config) -> str:
@@ -244,6 +262,14 @@ def _as_sources(value: Any) -> list:
     return [{"shards": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
+def _with_list(section: dict[str, Any], key: str) -> dict[str, Any]:
+    """The short forms of a list of texts: one text, or null for none."""
+    value = section.get(key, [])
+    if value is None or isinstance(value, str):
+        return section | {key: [value] if value else []}
+    return section
+
+
 def _model_class(tree: Any) -> type:
     """The Config class of the model that a tree names."""
     model = tree.get("model") if isinstance(tree, dict) else None
@@ -286,11 +312,11 @@ def _check_across(config: Config) -> None:
             f"objectives: none is on; switch one on, objectives.NAME={{}}, NAME one of "
             f"{', '.join(registry.OBJECTIVES)}"
         )
-    positions = config.model.text.max_positions
+    positions = config.model.text.max_length
     if config.data.text_length > positions:
         raise UserError(
-            f"data.text_length={config.data.text_length} exceeds model.text.max_positions="
-            f"{positions}; lower the one or raise the other"
+            f"data.text_length={config.data.text_length} exceeds the {positions} tokens that "
+            "model.text.max_positions leaves room for; lower the one or raise the other"
         )
     if not config.data.val and (config.eval.every or config.run.on_finish == "evaluate"):
         raise UserError(

@@ -68,6 +68,9 @@ class BuiltinConfig:
         _require(self.image_size >= 48, f"data.builtin.image_size={self.image_size}: 48 or more")
 
 
+TOKENIZERS = ("albef", "bert", "blip", "roberta", "clip")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     train: list[ShardSource] = field(default_factory=lambda: [ShardSource("builtin")])
@@ -75,12 +78,18 @@ class DataConfig:
     val: list[ShardSource] = field(default_factory=lambda: [ShardSource("builtin")])
     "Held-out shards, same forms."
     builtin: BuiltinConfig = field(default_factory=BuiltinConfig)
+    root: str = "data"
+    "Folder of the shards and vocabularies that presets name, as ${data.root}/coco/train-*.tar."
+    tokenizer: str = "albef"
+    "How captions become ids: as albef, bert (METER with BERT), blip, roberta or clip does it."
     vocabulary: str = "auto"
-    "WordPiece vocab.txt; 'auto' learns one from the training captions into the run folder."
+    "A file, bert-base-uncased, roberta-base or clip; auto: learned from the training captions."
     text_length: int = 25
-    "Tokens a caption is cut or padded to, [CLS] included."
-    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
-    "Share of the image's area that a training crop covers, low and high."
+    "Tokens a caption is cut or padded to, those around it included."
+    crop_scale: list[float] | None = field(default_factory=lambda: [0.2, 1.0])
+    "Share of the image's area that a training crop covers, low and high; null: no crop."
+    resize: str = "squash"
+    "How test images get their size: squash, or scale the short side and center_crop (METER, CLIP)."
     flip: bool = True
     "Mirror half of the training images left to right."
     shuffle_shards: int = 16
@@ -98,14 +107,23 @@ class DataConfig:
                 _require(
                     0 < source.weight <= 1000, f"{key}.weight={source.weight}: above 0, to 1000"
                 )
+        _require(bool(self.root), "data.root is empty: name a folder, '.' for this one")
         _require(
-            bool(self.vocabulary), "data.vocabulary is empty: 'auto', or a WordPiece vocab.txt"
+            self.tokenizer in TOKENIZERS,
+            f"data.tokenizer={self.tokenizer!r}: choose one of {', '.join(TOKENIZERS)}",
+        )
+        _require(
+            bool(self.vocabulary), "data.vocabulary is empty: 'auto', a file or a published name"
         )
         _require(self.text_length >= 2, f"data.text_length={self.text_length}: 2 or more")
-        low_high = list(self.crop_scale)
+        low_high = [1.0, 1.0] if self.crop_scale is None else list(self.crop_scale)
         _require(
             len(low_high) == 2 and 0 < low_high[0] <= low_high[1] <= 1,
-            f"data.crop_scale={low_high}: two shares, 0 < low <= high <= 1",
+            f"data.crop_scale={low_high}: two shares, 0 < low <= high <= 1, or null for no crop",
+        )
+        _require(
+            self.resize in ("squash", "center_crop"),
+            f"data.resize={self.resize!r}: choose squash or center_crop",
         )
         _require(self.shuffle_shards >= 1, f"data.shuffle_shards={self.shuffle_shards}: 1 or more")
         _require(self.workers >= 0, f"data.workers={self.workers}: 0 or more")
@@ -134,6 +152,8 @@ class PruningConfig:
     "Share of the text's class vector in the look-ahead's class token (ELIP: 0.2)."
     eps: float = 1e-6
     "Added to the sum of the merged tokens' scores."
+    keep_base: str = "patches"
+    "What keep ratios refer to: the tower's 'patches', or the constant of the 'released' code."
     empty_stage: str = "skip"
     "A stage that merges nothing: 'skip' it, or append a 'zero_token' as the released code does."
 
@@ -143,6 +163,10 @@ class PruningConfig:
         _require(
             self.empty_stage in ("skip", "zero_token"),
             f"pruning.empty_stage={self.empty_stage!r}: choose skip or zero_token",
+        )
+        _require(
+            self.keep_base in ("patches", "released"),
+            f"pruning.keep_base={self.keep_base!r}: choose patches or released",
         )
 
 
@@ -196,9 +220,18 @@ class ScheduleConfig:
     "Linear warm-up from warmup_lr to optim.lr."
     warmup_lr: float = 1e-5
     min_lr: float = 1e-5
-    "Where the cosine ends."
+    "Where the decay ends, or what it does not fall below."
+    shape: str = "cosine"
+    "After the warm-up: cosine or linear to min_lr at the end, or exponential, by decay each epoch."
+    decay: float = 0.9
+    "Factor from one epoch to the next where shape is exponential."
 
     def __post_init__(self) -> None:
+        _require(
+            self.shape in ("cosine", "linear", "exponential"),
+            f"schedule.shape={self.shape!r}: choose cosine, linear or exponential",
+        )
+        _require(0 < self.decay <= 1, f"schedule.decay={self.decay}: above 0, to 1")
         check_duration("schedule.length", self.length, above_zero=True)
         check_duration("schedule.warmup", self.warmup)
         _require(self.warmup_lr >= 0, f"schedule.warmup_lr={self.warmup_lr}: 0 or above")
@@ -259,6 +292,10 @@ class EvalConfig:
     "Samples per rank and forward pass."
     max_samples: int | None = None
     "Score only the first so many held-out pairs."
+    match_candidates: int = 64
+    "Held-out pairs that a model without a joint space ranks by its matching head, all with all."
+    prune: bool | None = None
+    "Prune the images by the captions that they are matched with; null: as the released code does."
 
     def __post_init__(self) -> None:
         if self.every is not None:
@@ -267,6 +304,10 @@ class EvalConfig:
         _require(
             self.max_samples is None or self.max_samples >= 1,
             f"eval.max_samples={self.max_samples}: 1 or more, or null for all",
+        )
+        _require(
+            self.match_candidates >= 2,
+            f"eval.match_candidates={self.match_candidates}: 2 or more",
         )
 
 
@@ -293,8 +334,6 @@ class Config:
     preset: str = "demo"
     task: str = "pretrain"
     "Name of a registered task."
-    init_from: str | None = None
-    "A run folder or a checkpoint of one: start from its weights, with everything else fresh."
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: Any = None

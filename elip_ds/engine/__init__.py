@@ -8,7 +8,8 @@ if not torch.accelerator.is_available():
     # DeepSpeed would find this out too, with a warning on stdout from every process.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from elip_ds.engine.checkpoint import find_checkpoint, list_checkpoints, read_meta
+from elip_ds.engine.checkpoint import read_meta
+from elip_ds.engine.consolidate import consolidate
 from elip_ds.engine.ds_config import json_batch, read_ds_config
 from elip_ds.engine.engine import Engine, StepRecord
 from elip_ds.engine.schedule import due
@@ -17,10 +18,9 @@ from elip_ds.engine.weights import load_weights, read_weights
 __all__ = [
     "Engine",
     "StepRecord",
+    "consolidate",
     "due",
-    "find_checkpoint",
     "json_batch",
-    "list_checkpoints",
     "load_weights",
     "read_ds_config",
     "read_meta",

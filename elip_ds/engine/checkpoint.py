@@ -6,7 +6,7 @@ A checkpoint is a folder step-00000123 with
   config.yaml          the resolved configuration
   weights.safetensors  student (model.*, objectives.*) and teacher.*, fp32, whole
   state.safetensors    queues
-  vocab.txt            the word list
+  tokenizer.json       the vocabulary, and how captions become its ids
   rng-rank*.pt, mp_rank_*.pt, *_optim_states.pt   per rank: random generators; DeepSpeed's own files
 and `latest`, beside the folders, names the newest, for DeepSpeed's tools and for people.
 """
@@ -23,30 +23,14 @@ import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from safetensors import SafetensorError
 
-from elip_ds.errors import UserError
+from elip_ds.run import META, list_checkpoints
 
-META = "meta.json"
 WEIGHTS = "weights.safetensors"
 STATE = "state.safetensors"
 
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first. A folder gets its name only when all of it is on disk."""
-    return sorted(p for p in folder.glob("step-*") if (p / META).is_file())
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder itself, or the newest one of a run. Raises UserError if there is none."""
-    if (path / META).is_file():
-        return path
-    found = list_checkpoints(path / "ckpt")
-    if not found:
-        raise UserError(f"{path} is neither a checkpoint nor a run that has one")
-    return found[-1]
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -112,7 +96,7 @@ class CarefulFiles(TorchCheckpointEngine):
             flush(Path(path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(weights_only_classes()):
             return torch.load(path, map_location=map_location, weights_only=True)
 
     @contextmanager
@@ -129,7 +113,7 @@ class CarefulFiles(TorchCheckpointEngine):
             self.failure = self.failure or f"{path}: {reason}; {free:.1f} MB free there"
 
 
-def _harmless() -> list[Any]:
+def weights_only_classes() -> list[Any]:
     """Classes that DeepSpeed puts into its files and that a weights-only load may build."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ import elip_ds
 from elip_ds import dist
 from elip_ds.batching import Plan
 from elip_ds.config import Config, dump_config, duration_in_samples
-from elip_ds.data import HeldOut, TrainLoader
+from elip_ds.data import Batch, HeldOut, TrainLoader
 from elip_ds.engine import checkpoint as files
 from elip_ds.engine.ds_config import fill_ds_config
 from elip_ds.engine.optim import build_optimizer
 from elip_ds.engine.schedule import learning_rate
 from elip_ds.engine.sharding import gather_whole, local_tensor, refresh, shard_of
-from elip_ds.engine.weights import load_weights, read_tensors
+from elip_ds.engine.weights import read_tensors
 from elip_ds.errors import UserError
 from elip_ds.objectives import Progress
-from elip_ds.run import Run
+from elip_ds.run import Run, list_checkpoints
 from elip_ds.tasks import Pretrain
+from elip_ds.weights import start_from
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +73,9 @@ class Engine:
         )
         target = self.ds_config["zero_optimization"].get("offload_optimizer") or {}
         offload = target.get("device", "none") != "none"
-        if config.init_from is not None and not files.list_checkpoints(self.folder):
-            source = files.find_checkpoint(Path(config.init_from))
-            load_weights(source, task)  # before DeepSpeed shards and rounds them
-            log.info("started from the weights of %s", source)
+        if not list_checkpoints(self.folder):
+            paths = [Path(path) for path in config.model.init_from]
+            start_from(task, config.model, paths)  # before DeepSpeed shards and rounds them
         optimizer = build_optimizer(task, config.optim, offload=offload, device=run.device)
         if run.device.type == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce for over a minute; gloo has one.
@@ -115,10 +116,13 @@ class Engine:
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         steps = self.plan.gradient_accumulation_steps
-        for _ in range(steps):
-            batch = next(loader).to(self.run.device, self._dtype)
+        batches: TrainLoader | Iterator[Batch] = loader
+        if steps > 1 and self.task.cache.objectives:
+            batches = self._run_first_pass([next(loader) for _ in range(steps)], progress, clock)
+        for micro_step in range(steps):
+            batch = next(batches).to(self.run.device, self._dtype)
             clock.lap("data")
-            loss = self._engine(batch, progress)
+            loss = self._engine(batch, progress.at(micro_step, steps))
             clock.lap("forward")
             self._engine.backward(loss.total)
             clock.lap("backward")
@@ -152,26 +156,44 @@ class Engine:
             bad_samples=loader.bad,
         )
 
+    def _run_first_pass(
+        self, batches: list[Batch], progress: Progress, clock: "_Clock"
+    ) -> Iterator[Batch]:
+        """For objectives that want all micro-batches at once (see objectives/grad_cache.py)."""
+        clock.lap("data")
+        with torch.no_grad():
+            for micro_step, batch in enumerate(batches):
+                batch = batch.to(self.run.device, self._dtype)
+                self._engine(batch, progress.at(micro_step, len(batches)), first_pass=True)
+        self.task.cache.settle(progress)
+        clock.lap("forward")
+        return iter(batches)
+
     @property
     def _dtype(self) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     def resume(self, loader: TrainLoader) -> None:
         """Go on from the run's newest checkpoint, if there is one."""
-        found = files.list_checkpoints(self.folder)
+        found = list_checkpoints(self.folder)
         if found:
             self._load(found[-1], loader)
 
     def evaluate(self, held_out: HeldOut) -> dict[str, float]:
         """The task's held-out scores. Every rank calls it."""
-        return self.task.evaluate(held_out, self.run.device)
+        return self.task.evaluate(
+            held_out,
+            self.run.device,
+            match_candidates=self.config.eval.match_candidates,
+            prune=self.config.eval.prune,
+        )
 
     def save(self, loader: TrainLoader) -> Path | None:
         """Write a checkpoint. Returns its folder, or None when it could not be written: the one
         before stays as it was, and the reason is in the log. Every rank calls it.
         """
         final = self.folder / files.checkpoint_name(self.step)
-        if final in files.list_checkpoints(self.folder):  # nothing happened since it was written
+        if final in list_checkpoints(self.folder):  # nothing happened since it was written
             return final
         partial = self.folder / f".{final.name}.partial"
         self._files.failure = None
@@ -250,7 +272,7 @@ class Engine:
             state = {k: v.detach().cpu().contiguous() for k, v in self.task.state().items()}
             save_file(state, partial / files.STATE)
             (partial / "config.yaml").write_text(dump_config(self.config))
-            (partial / "vocab.txt").write_bytes((self.run.dir / "vocab.txt").read_bytes())
+            (partial / "tokenizer.json").write_bytes((self.run.dir / "tokenizer.json").read_bytes())
             (partial / files.META).write_text(json.dumps(meta, indent=1))
 
     def _whole_weights(self) -> dict[str, Tensor]:
@@ -283,7 +305,7 @@ class Engine:
             if meta[key] != mine:
                 raise UserError(
                     f"{path} was saved with {key}={meta[key]}, this start has {mine}; restart with "
-                    f"the same, or start a new run with init_from={path}"
+                    f"the same, or start a new run with model.init_from={path}"
                 )
         loader.check_state(meta["data"])
         done, _ = self._engine.load_checkpoint(

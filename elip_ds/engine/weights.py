@@ -12,11 +12,7 @@ from torch import Tensor, nn
 
 from elip_ds.engine.checkpoint import WEIGHTS
 from elip_ds.errors import UserError
-
-
-def saved_name(name: str) -> str:
-    """A task's parameter name -> its name in the file."""
-    return name.replace("teacher.model.", "teacher.", 1)
+from elip_ds.weights import saved_name
 
 
 def read_tensors(file: Path, device: str = "cpu") -> dict[str, Tensor]:

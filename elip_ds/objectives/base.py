@@ -12,7 +12,7 @@ B batch, L text tokens, D width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -59,6 +59,10 @@ class Progress:
     def epoch(self) -> float:
         return self.samples_seen / self.samples_per_epoch
 
+    def at(self, micro_step: int, micro_steps: int) -> "Progress":
+        """The same moment, in one of the step's micro-batches."""
+        return replace(self, micro_step=micro_step, micro_steps=micro_steps)
+
 
 class Loss(NamedTuple):
     """values: fp32 scalars by name, means over local rows, unweighted; averaged over ranks they are
@@ -69,6 +73,16 @@ class Loss(NamedTuple):
     values: dict[str, Tensor]
     logs: dict[str, Tensor]
     carry: dict[str, Tensor]
+
+
+class Features(NamedTuple):
+    """All that a loss depends on.
+
+    rows: of the samples, each (B, ...).  shared: whatever the sample, such as a learned scale.
+    """
+
+    rows: tuple[Tensor, ...]
+    shared: tuple[Tensor, ...] = ()
 
 
 class Pass(NamedTuple):
@@ -202,9 +216,28 @@ class Objective(nn.Module):
     def forward(self, context: StepContext) -> Loss:
         raise TypeError(f"{type(self).__name__} is an objective without a forward")
 
+    @property
+    def caches(self) -> bool:
+        """Whether accumulated micro-batches are one batch to it (see grad_cache). Such an objective
+        has features and loss, and its forward is the one after the other.
+        """
+        return False
+
+    def features(self, context: StepContext) -> Features:
+        """Of one micro-batch."""
+        raise TypeError(f"{type(self).__name__} is an objective without features")
+
+    def loss(self, features: Features) -> Loss:
+        """Of any number of micro-batches put together; it uses no weight and no randomness."""
+        raise TypeError(f"{type(self).__name__} is an objective without a loss of features")
+
     def weight(self, name: str, progress: Progress) -> float:
         """Factor of the loss called name at this moment."""
         return self.config.weight
+
+    def total(self, loss: Loss, progress: Progress) -> Any:
+        """The weighted sum of its losses, a scalar."""
+        return sum(self.weight(name, progress) * value for name, value in loss.values.items())
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
         """Take in the carries of a global batch, one per micro-batch, after the optimizer step."""

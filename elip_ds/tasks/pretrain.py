@@ -14,7 +14,7 @@ from elip_ds.config import Config
 from elip_ds.data import Batch, Vocabulary
 from elip_ds.errors import UserError
 from elip_ds.models import LocalTensor, MomentumTwin, TextFeatures
-from elip_ds.objectives import Objective, Progress, Setup, StepContext
+from elip_ds.objectives import GradCache, Objective, Progress, Setup, StepContext
 from elip_ds.scores import matching_recall, retrieval_recall
 
 
@@ -57,34 +57,49 @@ class Pretrain(nn.Module):
         self.teacher = MomentumTwin(model) if taught else None
         self._momentum, self._prune_teacher, self._seed = teacher_momentum, prune_teacher, seed
         self._carries: dict[str, list[dict[str, Tensor]]] = {name: [] for name in objectives}
+        self.cache = GradCache(objectives)
 
     @property
     def inputs(self) -> frozenset[str]:
         """Batch fields that some objective reads."""
         return frozenset().union(*(o.inputs for o in self.objectives.values()))
 
-    def forward(self, batch: Batch, progress: Progress) -> StepLoss:
+    def forward(
+        self, batch: Batch, progress: Progress, first_pass: bool = False
+    ) -> StepLoss | None:
+        """first_pass: of two over the step's micro-batches; it only fills the cache, and gives
+        None. Between the passes comes cache.settle(). A step without accumulation has only the one.
+        """
         models: dict[str, Any] = {"student": self.model}
         if self.teacher is not None:
             models["teacher"] = self.teacher.model
         context = StepContext(
             batch, models, progress, seed=self._seed, prune_teacher=self._prune_teacher
         )
+        if first_pass:
+            self.cache.keep(context)
+            return None
+        replayed = self.cache.replay(context) if self.cache.settled else {}
         total: Any = 0.0
         values: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
-            loss = objective(context)
-            for key, value in loss.values.items():
-                total = total + objective.weight(key, progress) * value
-                values[key] = value.detach()
+            if name in replayed:
+                loss, part = replayed[name]
+            else:
+                loss = objective(context)
+                part = objective.total(loss, progress)
+            total = total + part
+            values |= {key: value.detach() for key, value in loss.values.items()}
             logs |= loss.logs
-            self._carries[name].append(loss.carry)
+            if name not in replayed or progress.micro_step == 0:
+                self._carries[name].append(loss.carry)
         kept = _kept_tokens(context)
         return StepLoss(total, values, logs, kept)
 
     def drop_carries(self) -> None:
-        """Forget the step's carries: the optimizer skipped it."""
+        """Forget the step: the optimizer skipped it, or all is done."""
+        self.cache.clear()
         for carries in self._carries.values():
             carries.clear()
 
@@ -121,16 +136,9 @@ class Pretrain(nn.Module):
             )
 
     def match(self, images: Tensor, text: TextFeatures, prune: bool | None = None) -> Tensor:
-        """Does caption i belong to image i: (B,), fp32, higher is likelier.
-
-        The matching head's logit; where there is none, the cosine in the joint space.
-        prune: the images by these captions; None: as the released code of the model does at test.
-        """
-        prune = self.model.prunes_in_match if prune is None else prune
-        image = self.model.encode_image(images, text if prune else None)
-        if "itm" in self.objectives:
-            return self.objectives["itm"].head(self.model.fuse(text, image).pooled)[:, 1].float()
-        return (image.image_feat * text.text_feat).sum(dim=1)
+        """match() of this task's model and head."""
+        head = self.objectives["itm"].head if "itm" in self.objectives else None
+        return match(self.model, head, images, text, prune)
 
     @torch.no_grad()
     def evaluate(
@@ -199,6 +207,25 @@ class Pretrain(nn.Module):
         return matching_recall(_in_order(torch.cat(scores).view(own, count), count)) | {
             "candidates": count
         }
+
+
+def match(
+    model: Any,
+    head: nn.Module | None,
+    images: Tensor,
+    text: TextFeatures,
+    prune: bool | None = None,
+) -> Tensor:
+    """Does text i belong to image i: (B,), fp32, higher is likelier.
+
+    images: (B, 3, H, W).  head: ITM's, whose logit it then is; None: the cosine of the joint space.
+    prune: the images by these texts; None: as the released code of the model does at test.
+    """
+    prune = model.prunes_in_match if prune is None else prune
+    image = model.encode_image(images, text if prune else None)
+    if head is not None:
+        return head(model.fuse(text, image).pooled)[:, 1].float()
+    return (image.image_feat * text.text_feat).sum(dim=1)
 
 
 def _kept_tokens(context: StepContext) -> tuple[int, ...]:

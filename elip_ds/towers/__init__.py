@@ -3,13 +3,7 @@
 from elip_ds.towers.bert import BERT, BERTConfig
 from elip_ds.towers.clip_text import CLIPText, CLIPTextConfig
 from elip_ds.towers.med import MED, MEDConfig
-from elip_ds.towers.pruning import (
-    KeepIndex,
-    check_stages,
-    prune_targets,
-    sequence_lengths,
-    unprune,
-)
+from elip_ds.towers.pruning import KeepIndex, check_stages
 from elip_ds.towers.vit import ViT, ViTConfig
 
 __all__ = [
@@ -23,7 +17,4 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "check_stages",
-    "prune_targets",
-    "sequence_lengths",
-    "unprune",
 ]

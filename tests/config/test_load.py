@@ -152,7 +152,6 @@ def test_where_and_how_fast_are_free_to_change(word: str) -> None:
         "model.embed_dim=24",
         "objectives.mlm.weight=2.0",
         "batching.global_batch_size=6",
-        "init_from=x",
         "pruning.stages=[]",
     ],
 )
@@ -160,6 +159,18 @@ def test_what_is_learned_is_not_free_to_change(word: str) -> None:
     key, _, new = word.partition("=")
     old = load._flatten(dataclasses.asdict(DEMO))[key]
     assert changed_keys(DEMO, load_config([word])) == [f"{key}: {old} -> {new}"]
+
+
+@pytest.mark.parametrize("value", ["x", "[x]", "['x']"])
+def test_one_file_to_start_from_is_a_list_of_one(value: str) -> None:
+    config = load_config([f"model.init_from={value}"])
+    assert config.model.init_from == ["x"]
+    assert changed_keys(DEMO, config) == ["model.init_from: [] -> ['x']"]
+
+
+@pytest.mark.parametrize("value", ["null", "[]", "''"])
+def test_no_file_to_start_from_is_an_empty_list(value: str) -> None:
+    assert load_config([f"model.init_from={value}"]).model.init_from == []
 
 
 # What does not
@@ -285,7 +296,7 @@ def test_of_two_words_for_one_setting_the_later_counts() -> None:
         ).objectives
     )
     assert load_config(["engine.deepspeed=b", "--deepspeed", "a"]).engine.deepspeed == "a"
-    assert load_config(["preset=albef_base", "preset=demo"]).preset == "demo"
+    assert load_config(["preset=albef_4m", "preset=demo"]).preset == "demo"
 
 
 def test_a_value_and_a_section_of_one_name_contradict_each_other() -> None:
@@ -388,8 +399,13 @@ def test_a_number_out_of_range_is_named(word: str) -> None:
 
 def test_a_text_longer_than_its_positions() -> None:
     assert message("data.text_length=33", "model.text.max_positions=32").startswith(
-        "data.text_length=33 exceeds model.text.max_positions=32"
+        "data.text_length=33 exceeds the 32 tokens that model.text.max_positions leaves room for"
     )
+
+
+def test_a_text_longer_than_robertas_positions_which_start_at_2() -> None:
+    words = ["preset=meter_4m", "data.text_length=513", "model.text.max_positions=514"]
+    assert "exceeds the 512 tokens" in message(*words)
 
 
 def test_no_objective() -> None:

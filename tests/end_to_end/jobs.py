@@ -79,17 +79,19 @@ class Job:
 def start(
     tmp_path_factory: pytest.TempPathFactory, shared_scenes: Path
 ) -> Iterator[Callable[..., Job]]:
-    """start(name, *words, ranks=2, json="z2") -> Job: starts a tiny run without a launcher.
+    """start(name, *words, ranks=2, json="z2", model="albef") -> Job: a tiny run, no launcher.
 
     The same name is the same run folder for all tests of a module.
     """
     jobs: list[Job] = []
     tmp_path = tmp_path_factory.mktemp("runs")
 
-    def start_job(name: str, *words: str, ranks: int = 2, json: str = "z2") -> Job:
+    def start_job(
+        name: str, *words: str, ranks: int = 2, json: str = "z2", model: str = "albef"
+    ) -> Job:
         port = str(free_port())
         command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / f"ds_configs/{json}.json")]
-        command += [*tiny_words(), f"data.builtin.dir={shared_scenes}"]
+        command += [*tiny_words(model=model), f"data.builtin.dir={shared_scenes}"]
         command += [f"run.dir={tmp_path}", f"run.name={name}", "engine.precision=fp32", *words]
         processes = []
         for rank in range(ranks):

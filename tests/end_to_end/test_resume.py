@@ -117,7 +117,7 @@ def test_other_ranks_or_stage_are_refused_in_one_line(whole, start):
 
 
 def test_weights_of_another_run_start_a_new_one(whole, start):
-    words = (*LONG, f"init_from={whole.dir}", "schedule.length=8 samples", "optim.lr=1e-9")
+    words = (*LONG, f"model.init_from={whole.dir}", "schedule.length=8 samples", "optim.lr=1e-9")
     for stage in ("z0", "z3"):
         heir = start(f"heir-{stage}", *words, json=stage).finish()
         # The trained weights guess better than fresh ones did at their first step.
@@ -125,7 +125,7 @@ def test_weights_of_another_run_start_a_new_one(whole, start):
 
 
 def test_weights_of_another_model_are_refused_in_one_line(whole, start):
-    words = (f"init_from={whole.dir}", "model.embed_dim=8", "objectives.itc.queue_size=16")
+    words = (f"model.init_from={whole.dir}", "model.embed_dim=8", "objectives.itc.queue_size=16")
     job = start("other", *LONG, *words).finish(ok=False)
     assert job.codes == [2, 2]
-    assert "another model" in job.output[0].splitlines()[-1]
+    assert "another model: model.embed_dim is 16 there, 8 here" in job.output[0].splitlines()[-1]

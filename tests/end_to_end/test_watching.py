@@ -14,9 +14,9 @@ from end_to_end.jobs import ROOT, Job
 from prometheus_client.parser import text_string_to_metric_families
 
 from elip_ds.config import load_config
-from elip_ds.engine import find_checkpoint
 from elip_ds.engine.schedule import learning_rate
 from elip_ds.metrics import CATALOG
+from elip_ds.run import find_checkpoint
 
 pytestmark = pytest.mark.slow
 

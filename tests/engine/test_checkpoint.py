@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_task
 from safetensors.torch import load_file, save_file
 
-from elip_ds.engine import find_checkpoint, list_checkpoints, load_weights, read_weights
+from elip_ds.engine import load_weights, read_weights
 from elip_ds.engine.checkpoint import (
     META,
     WEIGHTS,
@@ -18,6 +18,7 @@ from elip_ds.engine.checkpoint import (
 )
 from elip_ds.engine.weights import saved_name
 from elip_ds.errors import UserError
+from elip_ds.run import find_checkpoint, list_checkpoints
 
 
 def write_partial(folder, step: int, text: str = "{}"):

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_batch
+from conftest import random_batch, tiny_task
 
 from elip_ds.errors import UserError
+from elip_ds.models import Fused
 from elip_ds.objectives import Pass, Progress, Setup, StepContext
 from elip_ds.objectives.mlm import MLM, MLMConfig, mask_words
 
@@ -24,18 +25,19 @@ def seeded(*shape, seed=0):
 
 def build_mlm(**config):
     setup = Setup(
-        width=VOCABULARY, embed_dim=8, vocab_size=VOCABULARY, special_ids=SPECIAL_IDS, seed=0
+        pooled_width=8, embed_dim=8, vocab_size=VOCABULARY, special_ids=SPECIAL_IDS, seed=0
     )
     return MLM(MLMConfig(**config), setup)
 
 
 def context_of(batch, student, teacher, epoch=1.0):
     """A context whose fused states are already word logits: student, teacher (B, L, V)."""
-    model = SimpleNamespace(decode=lambda hidden: hidden)
+    model = SimpleNamespace(word_logits=lambda hidden: hidden)
     progress = Progress(step=1, samples_seen=round(epoch * 1000), samples_per_epoch=1000)
     context = StepContext(batch, {"student": model, "teacher": model}, progress)
-    context.passes[Pass("fusion", "student", "masked")] = student
-    context.passes[Pass("fusion", "teacher", "masked")] = teacher
+    fused = {who: Fused(x, x) for who, x in (("student", student), ("teacher", teacher))}
+    context.passes[Pass("fusion", "student", "masked")] = fused["student"]
+    context.passes[Pass("fusion", "teacher", "masked", guide=None)] = fused["teacher"]
     return context
 
 
@@ -80,11 +82,15 @@ def test_random_replacements_come_evenly_from_the_whole_vocabulary():
     assert ((found - expected) ** 2 / expected).sum() < 103.4  # 63 degrees of freedom, p = 0.001
 
 
-def test_class_token_and_padding_are_never_selected(batch):
+def test_class_token_end_token_and_padding_are_never_selected(batch):
     noise = torch.zeros(8, 36)
+    ends = batch.attention_mask.sum(dim=1) - 1
+    batch.input_ids[torch.arange(8), ends] = SPECIAL_IDS["[SEP]"]
     masked, selected = mask(batch.input_ids, noise, probability=0.999)
     ordinary = batch.attention_mask.bool()
     ordinary[:, 0] = False
+    ordinary[torch.arange(8), ends] = False
+    assert ordinary.any()
     assert torch.equal(selected, ordinary)
     assert torch.equal(masked[~ordinary], batch.input_ids[~ordinary])
     assert (masked[ordinary] == SPECIAL_IDS["[MASK]"]).all()
@@ -158,9 +164,45 @@ def test_accuracy_counts_selected_words_guessed_right(batch):
 
 
 def test_without_alpha_the_teacher_is_not_asked(batch, logits):
-    context = context_of(batch, logits[0], None)
-    del context.passes[Pass("fusion", "teacher", "masked")]
+    context = context_of(batch, *logits)
+    del context.passes[Pass("fusion", "teacher", "masked", guide=None)]
     assert build_mlm(alpha=0.0)(context).values["mlm"].isfinite()
+
+
+@pytest.mark.parametrize("model", ["albef", "meter"])
+@pytest.mark.parametrize("guide", ["clean", "masked"])
+def test_the_image_is_pruned_by_the_text_that_the_guide_names(model, guide):
+    task = tiny_task(f"objectives.mlm.guide={guide}", "objectives.mlm.alpha=0", model=model)
+    mlm = task.objectives["mlm"]
+    context = StepContext(random_batch(8), {"student": task.model}, Progress(1, 0, 1))
+    mlm(context)
+    text = task.model.encode_text(*context.texts[guide])
+    expected = task.model.encode_image(context.views["main"], text)
+    image = context.passes[Pass("image", guide=guide)]
+    assert torch.equal(image.image_embeds, expected.image_embeds)
+    assert torch.equal(image.keep.owner, expected.keep.owner)
+    # A guide that leaks no word needs no pass over the clean text.
+    texts = {spec.text for spec in context.passes if spec.tower == "text"}
+    assert texts == {guide, "masked"}
+
+
+def test_no_word_that_was_masked_moves_the_loss_through_a_masked_guide(batch):
+    """With the clean guide it does: the patches that the clean caption chose tell of it."""
+
+    def losses(guide):
+        task = tiny_task(f"objectives.mlm.guide={guide}", model="meter")
+        for other in (batch.input_ids, torch.where(hidden, 40, batch.input_ids)):
+            context = StepContext(batch, {"student": task.model}, Progress(1, 0, 1))
+            context.texts["clean"] = other, batch.attention_mask
+            task.objectives["mlm"](context)
+            yield context.passes[Pass("fusion", text="masked", guide=guide)].text
+
+    noise = StepContext(batch, {}, Progress(1, 0, 1)).noise("mlm", 36)
+    masked, _ = mask(batch.input_ids, noise)
+    hidden = masked == SPECIAL_IDS["[MASK]"]
+    assert hidden.any()
+    assert torch.equal(*losses("masked"))
+    assert not torch.equal(*losses("clean"))
 
 
 def test_c7_over_micro_batches_the_loss_is_a_mean_of_means(batch, logits):
@@ -184,6 +226,7 @@ def test_c7_over_micro_batches_the_loss_is_a_mean_of_means(batch, logits):
     [
         ({"probability": 0.0}, r"objectives\.mlm\.probability=0\.0: between 0 and 1"),
         ({"alpha": -0.1}, r"objectives\.mlm\.alpha=-0\.1: 0\.\.1"),
+        ({"guide": "image"}, r"objectives\.mlm\.guide='image': choose clean or masked"),
         ({"alpha_ramp": "1"}, r"objectives\.mlm\.alpha_ramp='1': write a number and a unit"),
     ],
 )

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from elip_ds.scores import retrieval_recall
+from elip_ds.scores import matching_recall, retrieval_recall
 
 
 def slow_recall(queries: Tensor, candidates: Tensor, k: int) -> float:
@@ -34,6 +34,13 @@ def test_it_equals_the_slow_version(count: int, width: int, rows: int, seed: int
         assert scores[f"ir_at_{k}"] == pytest.approx(slow_recall(text, image, k))
         mean = (scores[f"tr_at_{k}"] + scores[f"ir_at_{k}"]) / 2
         assert scores[f"recall_at_{k}"] == pytest.approx(mean)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.integers(2, 12), st.integers(1, 4), st.integers(0, 10**6))
+def test_scores_of_pairs_give_what_their_features_would(count: int, width: int, seed: int) -> None:
+    image, text = whole_numbers(count, width, seed), whole_numbers(count, width, seed + 1)
+    assert matching_recall(image @ text.T) == retrieval_recall(image, text)
 
 
 def test_matching_features_score_1() -> None:

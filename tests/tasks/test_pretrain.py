@@ -9,8 +9,9 @@ from torch import nn
 from elip_ds.config import load_config
 from elip_ds.data import Batch
 from elip_ds.errors import UserError
-from elip_ds.models import ImageFeatures, TextFeatures
-from elip_ds.objectives import Progress
+from elip_ds.models import Fused, ImageFeatures, TextFeatures
+from elip_ds.objectives import Progress, Setup
+from elip_ds.objectives.itm import ITM, ITMConfig
 from elip_ds.tasks import Pretrain, build_pretrain, min_micro_batch
 from elip_ds.towers.pruning import full_index
 
@@ -222,6 +223,72 @@ def test_evaluating_switches_dropout_off_and_the_mode_back(numbered, training):
     numbered.train(training)
     assert numbered.evaluate(NumberedPairs(12, 4), CPU)["recall_at_1"] == 1.0
     assert {module.training for module in numbered.modules()} == {training}
+
+
+class Matching(Numbered):
+    """No joint space: its fused pair says how far the two numbers are apart."""
+
+    gives = frozenset({"fusion"})
+    prunes_in_match = False
+    pooled_width = 2
+
+    def fuse(self, text, image):
+        apart = (text.text_embeds - image.image_embeds).square().sum(dim=1)
+        return Fused(text.text_embeds, torch.stack([apart, -apart], dim=1))
+
+
+@pytest.fixture
+def matching():
+    head = ITM(ITMConfig(negatives="random"), Setup(2, 0, 8, {}, 0))
+    with torch.no_grad():
+        head.head.weight.copy_(torch.eye(2))
+        head.head.bias.zero_()
+    return Pretrain(Matching(), {"itm": head}, teacher_momentum=0.9, prune_teacher=False, seed=0)
+
+
+@pytest.mark.parametrize(("count", "size", "candidates"), [(12, 4, 64), (13, 8, 5), (13, 8, 9)])
+def test_without_a_joint_space_the_first_pairs_are_ranked_by_the_matching_head(
+    matching, count, size, candidates
+):
+    scores = matching.evaluate(NumberedPairs(count, size), CPU, match_candidates=candidates)
+    assert scores["candidates"] == min(count, candidates)
+    assert scores["tr_at_1"] == scores["ir_at_1"] == scores["recall_at_10"] == 1.0
+
+
+def test_a_wrong_pair_scores_lower_by_the_matching_head(matching):
+    captions = [1, 0, 2, 3]
+    scores = matching.evaluate(NumberedPairs(4, 4, captions), CPU)
+    assert scores["tr_at_1"] == scores["ir_at_1"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("prune", "released", "expected"),
+    [(None, False, False), (None, True, True), (True, False, True), (False, True, False)],
+)
+def test_a_match_prunes_as_told_and_else_as_the_released_code(matching, prune, released, expected):
+    matching.model.prunes_in_match = released
+    guides = []
+    encode = matching.model.encode_image
+
+    def watched(images, guide=None):
+        guides.append(guide)
+        return encode(images)
+
+    matching.model.encode_image = watched
+    batch = next(iter(NumberedPairs(4, 4))).to(CPU, torch.float32)
+    text = matching.model.encode_text(batch.input_ids, batch.attention_mask)
+    scores = matching.match(batch.images, text, prune)
+    assert scores.shape == (4,) and (guides[0] is text) == expected
+
+
+def test_without_a_head_a_match_is_the_cosine():
+    task = tiny_task("objectives.itm=null")
+    batch = random_batch(4)
+    text = task.model.encode_text(batch.input_ids, batch.attention_mask)
+    image = task.model.encode_image(batch.images)
+    torch.testing.assert_close(
+        task.match(batch.images, text), (image.image_feat @ text.text_feat.T).diagonal()
+    )
 
 
 def test_evaluating_leaves_no_trace_in_a_real_task():

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 
 from elip_ds.config import PruningConfig, Stage
 from elip_ds.errors import UserError
-from elip_ds.towers import ViT, ViTConfig, check_stages, prune_targets, sequence_lengths, unprune
+from elip_ds.towers import ViT, ViTConfig, check_stages
 from elip_ds.towers.pruning import (
     Pruned,
     follow,
     full_index,
     keep_count,
     lookahead_scores,
+    prune_targets,
     prune_tokens,
+    sequence_lengths,
+    unprune,
 )
 
 ELIP = [Stage(2, 2, 0.9), Stage(4, 6, 0.65), Stage(10, 2, 0.4)]  # of ALBEF, BLIP and CLIP
