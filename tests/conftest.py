@@ -20,7 +20,10 @@ FUSION = [f"model.fusion.{x}" for x in ("width=32", "depth=2", "heads=2", "dropo
 PARTS_BY_MODEL = {
     "albef": [*TEXT, "model.text.fusion_layer=1", *JOINT_SPACE],
     "blip": [*TEXT, *JOINT_SPACE],
-    "meter": [*TEXT, *FUSION],
+    "meter": [
+        *("model.init_from=[]", "model.vision.layout=clip", "model.vision.activation=quick_gelu"),
+        *(*TEXT, *FUSION),
+    ],
     # Its kind of vocabulary has 514 entries at least.
     "clip": ["model.text.depth=2", "model.text.vocab_size=520", *JOINT_SPACE],
 }

@@ -58,6 +58,8 @@ def _part_for(source: Source, config: Any, targets: Mapping[str, Any]) -> dict[s
     part = {n: w for n, w in source.weights.items() if n.startswith("model.visual.")}
     if source.model == "clip" and config.name == "meter":
         part = _without_last_block(part, config.vision.depth)
+    if source.model == "albef" and config.name == "meter":
+        return part | _text_half(source)
     if source.model == "clip" or source.family == "deit":
         return part
     raise UserError(
@@ -84,6 +86,17 @@ def _without_last_block(part: dict[str, Weight], depth: int) -> dict[str, Weight
     """METER is one block shorter than CLIP, whose last serves the class token alone."""
     start = f"model.visual.blocks.{depth}."
     return {name: weight for name, weight in part.items() if not name.startswith(start)}
+
+
+def _text_half(source: Source) -> dict[str, Weight]:
+    """METER: of ALBEF's text tower what reads the text alone; the rest attends to the image."""
+    fused = {name.split(".cross")[0] for name in source.weights if ".cross." in name}
+    starts = ("model.text.embeddings.", "model.text.layers.")
+    return {
+        name: weight
+        for name, weight in source.weights.items()
+        if name.startswith(starts) and ".".join(name.split(".")[:4]) not in fused
+    }
 
 
 def _text_for(weights: Mapping[str, Weight], targets: Mapping[str, Any]) -> dict[str, Weight]:
@@ -194,12 +207,17 @@ def _fill(
                 )
             target.copy_(value)
             filled.add(each)
-    fresh = {general(n)[0] for n in targets.keys() - filled if not n.startswith("teacher.")}
+    fresh = {_module(n) for n in targets.keys() - filled if not n.startswith("teacher.")}
     unused = [n for n in weights if n not in targets and not n.startswith("itc.")]
     notes.insert(0, f"{len(filled)} tensors")
     notes += [f"not in it, as before: {', '.join(sorted(fresh))}"] if fresh else []
     notes += [f"not used: {len(unused)}, such as {unused[0]}"] if unused else []
     return notes
+
+
+def _module(name: str) -> str:
+    """model.text.layers.3.attn.qkv.weight -> model.text.layers"""
+    return ".".join(name.split(".")[:3] if name.startswith("model.") else name.split(".")[:2])
 
 
 def _resized(source: Source, name: str, value: Tensor, target: Tensor, config: Any) -> Tensor:

@@ -33,7 +33,10 @@ FUSION = [f"model.fusion.{setting}" for setting in ("width=32", "depth=2", "head
 WORDS = {
     "albef": ["preset=albef_tiny", *VISION, *TEXT, *JOINT, *QUEUE, "model.text.fusion_layer=1"],
     "blip": ["preset=blip_tiny", *VISION, *TEXT, *JOINT, *QUEUE],
-    "meter": ["preset=meter_tiny", *VISION, *TEXT, *FUSION],
+    "meter": [
+        *("preset=meter_tiny", "model.vision.layout=clip", "model.vision.activation=quick_gelu"),
+        *(*VISION, *TEXT, *FUSION),
+    ],
     "clip": ["preset=clip_tiny", *VISION, *TEXT, *JOINT, "model.text.vocab_size=514"],
 }
 KINDS = {"albef": "albef", "blip": "blip", "meter": "bert", "clip": "clip"}

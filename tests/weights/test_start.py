@@ -182,6 +182,22 @@ def test_clip_starts_a_meter_without_its_last_block(tmp_path, converted):
     assert equal(result, before, [n for n in before if n not in kept])
 
 
+def test_an_albefs_towers_start_a_meter_less_what_reads_the_image(tmp_path):
+    """The lower half of its text tower, and its vision tower where the layouts agree."""
+    save_own(small_source("albef"), tmp_path / "albef.safetensors")
+    words = ("model.vision.layout=vit", "model.vision.activation=gelu", "model.text.depth=1")
+    result = started("meter", tmp_path / "albef.safetensors", words=words)
+    before, albef = fresh("meter", *words), read_all(small_source("albef"))
+    shared = [n for n in before if n.startswith(("model.visual.", "model.text."))]
+    assert any(".layers.0." in n for n in shared) and not any(".cross." in n for n in shared)
+    assert equal(result, albef, shared)
+    assert equal(result, before, [n for n in before if n not in shared])
+    with pytest.raises(UserError, match=r"model\.text\.depth is 1 there, 2 here"):
+        started("meter", tmp_path / "albef.safetensors", words=words[:2])
+    with pytest.raises(UserError, match=r"model\.vision\.layout is vit there, clip here"):
+        started("meter", tmp_path / "albef.safetensors", words=words[2:])
+
+
 @pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (32, 64)])
 def test_positions_are_scaled_to_the_configured_grid_and_the_class_row_stays(
