@@ -266,7 +266,8 @@ def test_the_pruned_image_has_the_gradients_of_the_slow_loop():
 def test_as_many_tokens_remain_as_published_and_as_meant(image_size, keep_base, kept):
     vision = dataclasses.replace(BASE.vision, image_size=image_size, width=16, heads=2)
     text = dataclasses.replace(TINY.text, width=16)
-    model = make_model(METERConfig(vision=vision, text=text), STAGES, keep_base=keep_base)
+    config = METERConfig(vision=vision, text=text, fusion=TINY.fusion)
+    model = make_model(config, STAGES, keep_base=keep_base)
     images, ids, mask = make_batch(model.config, batch=1)
     image = model.encode_image(images, model.encode_text(ids, mask))
     assert image.keep.lengths == tuple(count + 2 for count in kept)
@@ -330,7 +331,8 @@ def slow_pass(task, images, ids, mask, stages):
 
 
 def test_a_step_equals_masked_words_and_random_pairs_each_by_a_pass_of_its_own():
-    task = uneven(tiny_task("objectives.mlm.probability=0.3", model="meter"))
+    words = ["model.vision.layout=clip", "model.vision.activation=quick_gelu"]
+    task = uneven(tiny_task(*words, "objectives.mlm.probability=0.3", model="meter"))
     stages = task.model.visual.pruning.stages
     batch = random_batch(8)
     loss = task(batch, PROGRESS)

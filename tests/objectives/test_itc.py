@@ -10,8 +10,10 @@ from elip_ds.errors import UserError
 from elip_ds.models import ImageFeatures, TextFeatures
 from elip_ds.objectives import Pass, Progress, Setup, StepContext
 from elip_ds.objectives.itc import ITC, ITCConfig
+from elip_ds.towers.pruning import full_index
 
 WIDTH = 16
+CPU = torch.device("cpu")
 
 
 def unit(rows, seed):
@@ -20,7 +22,7 @@ def unit(rows, seed):
 
 
 def build_itc(**config):
-    setup = Setup(width=32, embed_dim=WIDTH, vocab_size=64, special_ids={}, seed=0)
+    setup = Setup(pooled_width=32, embed_dim=WIDTH, vocab_size=64, special_ids={}, seed=0)
     return ITC(ITCConfig(**config), setup)
 
 
@@ -34,8 +36,11 @@ def context_of(image, text, teacher_image, teacher_text, temperature=0.07, epoch
         ("student", image, text),
         ("teacher", teacher_image, teacher_text),
     ):
-        context.passes[Pass("image", who)] = ImageFeatures(nothing, image_feat, nothing)
-        context.passes[Pass("text", who)] = TextFeatures(nothing, nothing, text_feat)
+        guide = "clean" if who == "student" else None
+        image_pass = Pass("image", who, guide=guide)
+        context.passes[image_pass] = ImageFeatures(nothing, full_index(0, 0, CPU), image_feat)
+        text_features = TextFeatures(nothing, nothing, nothing, nothing, text_feat)
+        context.passes[Pass("text", who)] = text_features
     return context
 
 

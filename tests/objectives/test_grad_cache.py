@@ -123,6 +123,7 @@ def test_the_second_pass_draws_the_random_numbers_of_the_first():
     assert not torch.allclose(others["model.text_proj.weight"], grads["model.text_proj.weight"])
 
 
+@pytest.mark.slow
 def test_other_objectives_accumulate_beside_it_as_they_do_alone():
     batches = micro_batches(random_batch(16), 4)
     both = tiny_task(*WITH_MLM, "objectives.contrastive={}")
