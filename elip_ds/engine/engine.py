@@ -75,7 +75,8 @@ class Engine:
         offload = target.get("device", "none") != "none"
         if not list_checkpoints(self.folder):
             paths = [Path(path) for path in config.model.init_from]
-            start_from(task, config.model, paths)  # before DeepSpeed shards and rounds them
+            # Before DeepSpeed shards and rounds them.
+            start_from(task, config.model, paths, run.dir / "tokenizer.json")
         optimizer = build_optimizer(task, config.optim, offload=offload, device=run.device)
         if run.device.type == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce for over a minute; gloo has one.

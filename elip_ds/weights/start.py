@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 POSITIONS = ("model.visual.pos_embed.weight", "teacher.visual.pos_embed.weight")
 TEXT_POSITIONS = ("model.text.position.weight", "teacher.text.position.weight")
+WORDS, TOKENIZER = "model.text.embeddings.word.weight", "tokenizer.json"
 WORD_COUNT = "model.text.vocab_size"
 BLIP_ADDED = 2
 "Words that BLIP appends to BERT's: [DEC] and [ENC]."
@@ -29,11 +30,12 @@ def saved_name(name: str) -> str:
 
 
 @torch.no_grad()
-def start_from(task: Any, config: Any, paths: list[Path]) -> None:
+def start_from(task: Any, config: Any, paths: list[Path], tokenizer: Path | None = None) -> None:
     """Copy weights into a task, file by file in this order; of two for one tensor the last counts.
 
     task: a Pretrain on the CPU, not sharded.  config: of its model.
     paths: what open_source takes; those that hold a part of a model fill that part.
+    tokenizer: the tokenizer.json of this run, to which a checkpoint's word vectors must belong.
     Positions are scaled to the configured grid. Without a twin in the file the task's twin becomes
     a copy of the student; queues are taken over when their sizes agree.
     Raises UserError when a file does not fit, or lacks a weight that its kind has.
@@ -45,8 +47,22 @@ def start_from(task: Any, config: Any, paths: list[Path]) -> None:
         _warn_of_activation(source, config)
         weights = _part_for(source, config, targets)
         _check_fit(source, weights, targets, config)
+        if WORDS in weights:
+            _check_words(source, tokenizer)
         notes = _fill(source, weights, targets, config) + _restore_queues(task, source)
         log.info("model.init_from: %s: %s", path, "; ".join(notes))
+
+
+def _check_words(source: Source, tokenizer: Path | None) -> None:
+    """A checkpoint keeps the vocabulary that its word vectors are of; published files do not."""
+    theirs = source.path / TOKENIZER
+    if tokenizer is None or not theirs.is_file():
+        return
+    if theirs.read_bytes() != tokenizer.read_bytes():
+        raise UserError(
+            f"model.init_from: the words of {source.path} are not those of this run; set "
+            f"data.vocabulary={theirs}"
+        )
 
 
 def _part_for(source: Source, config: Any, targets: Mapping[str, Any]) -> dict[str, Weight]:

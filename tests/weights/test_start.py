@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from conftest import tiny_vocabulary
 from safetensors.torch import save_file
 from small import (
     FAMILIES,
@@ -106,6 +107,17 @@ def checkpoint(folder, model, state):
     (folder / "config.yaml").write_text(dump_config(small_config(model)))
     (folder / "meta.json").write_text("{}")
     return folder
+
+
+def test_words_of_another_vocabulary_are_refused(tmp_path):
+    folder = checkpoint(tmp_path / "step-1", "albef", fresh("albef", seed=3))
+    task, config = small_task("albef"), small_config("albef").model
+    (folder / "tokenizer.json").write_text(tiny_vocabulary().json)
+    (tmp_path / "tokenizer.json").write_text(tiny_vocabulary().json)
+    start_from(task, config, [folder], tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text(tiny_vocabulary("blip").json)
+    with pytest.raises(UserError, match=r"words of .*step-1 are not .* data\.vocabulary=.*step-1"):
+        start_from(task, config, [folder], tmp_path / "tokenizer.json")
 
 
 def test_of_two_files_the_last_counts_and_parts_fill_their_part(tmp_path):
