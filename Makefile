@@ -6,16 +6,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-fast check format clean
+.PHONY: train test test-fast test-slow check format clean
 
 train: $(VENV)/.train
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed elip_ds/train.py --deepspeed ds_configs/z2.json $(ARGS)
 
-test: $(VENV)/.test
-	PATH="$(abspath $(BIN)):$$PATH" python -m pytest $(ARGS)
+test: test-fast test-slow
 
 test-fast: $(VENV)/.test
-	PATH="$(abspath $(BIN)):$$PATH" python -m pytest -m "not slow" $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+
+# One at a time: most of them start two ranks of their own.
+test-slow: $(VENV)/.test
+	PATH="$(abspath $(BIN)):$$PATH" python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/.check
 	$(BIN)/ruff format --check .

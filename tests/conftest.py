@@ -31,7 +31,7 @@ TEACHER = ["objectives.itc.queue_size=32", "objectives.itc.alpha=0.4", "objectiv
 OBJECTIVES_BY_MODEL = {
     "albef": [*TEACHER, "objectives.mlm.alpha=0.4"],
     "blip": TEACHER,
-    "meter": [],
+    "meter": ["objectives.itm.weight=1.0"],
     "clip": [],
 }
 
