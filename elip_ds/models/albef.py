@@ -9,69 +9,23 @@ B batch, L text tokens, M image tokens, D width, E joint space, V vocabulary.
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from elip_ds.config import PruningConfig
-from elip_ds.errors import UserError
 from elip_ds.models.features import Fused, ImageFeatures, TextFeatures
-from elip_ds.models.joint import ModelConfig, Temperature, unit
-from elip_ds.towers import BERT, BERTConfig, ViT, ViTConfig, check_stages
+from elip_ds.models.two_towers import TwoTowers, TwoTowersConfig
+from elip_ds.towers import BERT, BERTConfig
 
 
 @dataclass(frozen=True)
-class ALBEFConfig(ModelConfig):
+class ALBEFConfig(TwoTowersConfig):
     name: str = "albef"
-    vision: ViTConfig = field(default_factory=ViTConfig)
     text: BERTConfig = field(default_factory=BERTConfig)
-    embed_dim: int = 256
-    "Width of the joint space."
-    temperature: float = 0.07
-    "Start of the learned temperature, held in 0.001..0.5."
-
-    def check(self, pruning: PruningConfig) -> None:
-        """Raises UserError unless the parts fit each other and the pruning schedule fits them."""
-        check_stages(pruning.stages, self.vision.depth, self.vision.num_patches)
-        if pruning.stages and self.text.width != self.vision.width:
-            raise UserError(
-                f"model.text.width={self.text.width} must equal model.vision.width="
-                f"{self.vision.width}: ALBEF's text class token guides the pruning unprojected"
-            )
 
 
-class ALBEF(nn.Module):
+class ALBEF(TwoTowers):
     Config = ALBEFConfig
+    Text = BERT
     gives: ClassVar = frozenset({"joint_space", "fusion", "words"})
-    prunes_in_match: ClassVar = False  # at test the released code encodes images without text
-
-    def __init__(self, config: ALBEFConfig, pruning: PruningConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.visual = ViT(config.vision, pruning)
-        self.text = BERT(config.text, image_width=config.vision.width)
-        self.vision_proj = nn.Linear(config.vision.width, config.embed_dim)
-        self.text_proj = nn.Linear(config.text.width, config.embed_dim)
-        self.temperature = Temperature(config.temperature)
-
-    @property
-    def pooled_width(self) -> int:
-        """Of Fused.pooled; 0 where the model fuses nothing."""
-        return self.config.text.width
-
-    @property
-    def embed_dim(self) -> int:
-        """Of the joint space; 0 where there is none."""
-        return self.config.embed_dim
-
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
-        """input_ids, attention_mask: (B, L)."""
-        states = self.text.encode(input_ids, attention_mask)
-        feat = unit(self.text_proj(states[:, 0]))
-        return TextFeatures(input_ids, attention_mask, states, states[:, 0], feat)
-
-    def encode_image(self, images: Tensor, guide: TextFeatures | None = None) -> ImageFeatures:
-        """images: (B, 3, H, W), normalised.  guide: each image's own caption; None: no pruning."""
-        tokens, keep = self.visual(images, None if guide is None else guide.text_class)
-        return ImageFeatures(tokens, keep, unit(self.vision_proj(tokens[:, 0])))
 
     def fuse(self, text: TextFeatures, image: ImageFeatures) -> Fused:
         """Row i of the text reads row i of the image."""
