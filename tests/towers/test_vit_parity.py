@@ -1,14 +1,13 @@
 """The vision tower against timm's, with timm's own weights taken through the table of names."""
 
 import pytest
+import timm
 import torch
 
 from elip_ds.config import PruningConfig
 from elip_ds.towers import ViT, ViTConfig
 from elip_ds.weights.table import to_ours
 from elip_ds.weights.vit import FAMILY
-
-timm = pytest.importorskip("timm")
 
 LIMIT = 2e-5
 TINY = {"embed_dim": 64, "depth": 3, "num_heads": 4}

@@ -4,15 +4,14 @@ loading, and the same outputs from the same inputs.
 B batch, L text tokens.
 """
 
+import open_clip
 import pytest
 import torch
+import transformers
 from small import HEAD_WIDTH, build, load, small_source
 from torch import Tensor, nn
 
 from elip_ds.weights import open_file, open_source, save_own, save_published
-
-transformers = pytest.importorskip("transformers")
-open_clip = pytest.importorskip("open_clip")
 
 LIMIT = 2e-5
 TEXT = {
