@@ -42,6 +42,11 @@ def start_from(task: Any, config: Any, paths: list[Path], tokenizer: Path | None
     """
     targets = {saved_name(name): p for name, p in task.named_parameters()}
     for path in paths:
+        if not path.exists():
+            raise UserError(
+                f"model.init_from: {path} cannot be read: No such file or directory; make it first, "
+                "name another, or set model.init_from=[] to start from nothing"
+            )
         source = open_source(path)
         source.report.check()
         _warn_of_activation(source, config)

@@ -44,7 +44,7 @@ def refuse(tmp_path, monkeypatch, capsys):
         (["pruning.stages=[{layer: 2, lookahead: 2, keep_ratio: 0.5}]"], "the tower's 3 blocks"),
         (["batching.micro_batch_size=3"], "nearest: 6, 9"),
         (["batching.global_batch_size=1"], "at least 2 samples"),
-        (["model.init_from=nowhere"], "nowhere cannot be read: No such file"),
+        (["model.init_from=nowhere"], "model.init_from: nowhere cannot be read: No such file"),
         (["data.vocabulary=nowhere.txt"], "data.vocabulary=nowhere.txt"),
         (["engine.precision=fp16"], "needs a GPU"),
     ],
