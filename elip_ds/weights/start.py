@@ -44,8 +44,8 @@ def start_from(task: Any, config: Any, paths: list[Path], tokenizer: Path | None
     for path in paths:
         if not path.exists():
             raise UserError(
-                f"model.init_from: {path} cannot be read: No such file or directory; make it first, "
-                "name another, or set model.init_from=[] to start from nothing"
+                f"model.init_from: {path} cannot be read: No such file or directory; make it "
+                "first, name another, or set model.init_from=[] to start from nothing"
             )
         source = open_source(path)
         source.report.check()
