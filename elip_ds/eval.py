@@ -21,7 +21,7 @@ from elip_ds.config.schema import ShardSource
 from elip_ds.data import build_loaders, open_sources, read_vocabulary
 from elip_ds.dist import read_ranks
 from elip_ds.errors import exit_with
-from elip_ds.run import Run, find_checkpoint
+from elip_ds.run import CONFIG, TOKENIZER, Run, find_checkpoint
 from elip_ds.tasks import build_pretrain
 
 
@@ -30,11 +30,11 @@ def main(argv: list[str]) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's logger; stdout is for the scores
         from elip_ds.engine import load_weights
     checkpoint = find_checkpoint(words.checkpoint)
-    cfg = read_config(checkpoint / "config.yaml")
+    cfg = read_config(checkpoint / CONFIG)
     pairs = [ShardSource(words.shards)] if words.shards else cfg.data.val
     data = dataclasses.replace(cfg.data, train=pairs, val=pairs)  # training shards may be gone
     run = Run(read_ranks(), checkpoint.parent.parent, cfg.run.seed)
-    vocabulary = read_vocabulary(checkpoint / "tokenizer.json")
+    vocabulary = read_vocabulary(checkpoint / TOKENIZER)
     _, held_out = build_loaders(
         data,
         open_sources(data, run),

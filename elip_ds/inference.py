@@ -20,12 +20,11 @@ from elip_ds.config import Config, config_for_model, load_config, read_config
 from elip_ds.data import Preprocessor, Vocabulary, named_vocabulary, read_vocabulary
 from elip_ds.errors import UserError
 from elip_ds.models import ImageFeatures, TextFeatures
-from elip_ds.run import CONFIG, find_checkpoint
+from elip_ds.run import CONFIG, TOKENIZER, find_checkpoint
 from elip_ds.tasks import match
 from elip_ds.weights import Source, open_source
 
 HEAD = "objectives.itm.head."
-KEPT = "tokenizer.json"
 
 
 class LanguageImageModel:
@@ -113,7 +112,7 @@ def load(
     if vocabulary is not None:
         data = dataclasses.replace(config.data, vocabulary=str(vocabulary))
         config = dataclasses.replace(config, data=data)
-    kept = path / KEPT if vocabulary is None else None
+    kept = path / TOKENIZER if vocabulary is None else None
     words = read_vocabulary(kept) if kept and kept.is_file() else _find_vocabulary(config)
     torch.manual_seed(config.run.seed)
     build_model = registry.resolve(registry.MODELS, config.model.name, "model.name")

@@ -20,7 +20,11 @@ from elip_ds.logs import setup_logging
 
 log = logging.getLogger(__name__)
 
+# What a run's folder and each of its checkpoints hold.
 CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.json"
+WEIGHTS = "weights.safetensors"
+STATE = "state.safetensors"
 STOP_EVERY = 10
 "Steps between two agreements on stopping; each waits for the device once."
 
@@ -147,7 +151,7 @@ def _claim_folder(run: Run, config: Config) -> str | None:
     changed = changed_keys(read_config(kept), config)
     trained = (run.dir / "metrics.jsonl").exists() or any((run.dir / "ckpt").glob("step-*"))
     if changed and not trained:  # an earlier start went no further than its faults
-        (run.dir / "tokenizer.json").unlink(missing_ok=True)
+        (run.dir / TOKENIZER).unlink(missing_ok=True)
     if not changed or not trained:
         return None
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

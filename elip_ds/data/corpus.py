@@ -13,10 +13,7 @@ from elip_ds.data.shards import ShardReader, count_samples, expand_shards
 from elip_ds.data.vocabulary import Vocabulary, read_vocabulary
 from elip_ds.data.vocabulary_files import load_vocabulary
 from elip_ds.errors import UserError
-from elip_ds.run import Run
-
-KEPT = "tokenizer.json"
-"The file of the run folder that keeps its vocabulary."
+from elip_ds.run import TOKENIZER, Run
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def build_vocabulary(
 
     Raises UserError when it has more than size entries, or is not the one that the run began with.
     """
-    kept, given = run.dir / KEPT, None
+    kept, given = run.dir / TOKENIZER, None
     if config.vocabulary == "auto":
         check_size(size, config.tokenizer)
     else:

@@ -25,9 +25,6 @@ from safetensors import SafetensorError
 
 from elip_ds.run import META, list_checkpoints
 
-WEIGHTS = "weights.safetensors"
-STATE = "state.safetensors"
-
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"

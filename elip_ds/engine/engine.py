@@ -31,7 +31,7 @@ from elip_ds.engine.sharding import gather_whole, local_tensor, refresh, shard_o
 from elip_ds.engine.weights import read_tensors
 from elip_ds.errors import UserError
 from elip_ds.objectives import Progress
-from elip_ds.run import Run, list_checkpoints
+from elip_ds.run import CONFIG, STATE, TOKENIZER, WEIGHTS, Run, list_checkpoints
 from elip_ds.tasks import Pretrain
 from elip_ds.weights import start_from
 
@@ -76,7 +76,7 @@ class Engine:
         if not list_checkpoints(self.folder):
             paths = [Path(path) for path in config.model.init_from]
             # Before DeepSpeed shards and rounds them.
-            start_from(task, config.model, paths, run.dir / "tokenizer.json")
+            start_from(task, config.model, paths, run.dir / TOKENIZER)
         optimizer = build_optimizer(task, config.optim, offload=offload, device=run.device)
         if run.device.type == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce for over a minute; gloo has one.
@@ -269,11 +269,11 @@ class Engine:
             },
         }
         with self._files.attempt(partial):
-            save_file(weights, partial / files.WEIGHTS)
+            save_file(weights, partial / WEIGHTS)
             state = {k: v.detach().cpu().contiguous() for k, v in self.task.state().items()}
-            save_file(state, partial / files.STATE)
-            (partial / "config.yaml").write_text(dump_config(self.config))
-            (partial / "tokenizer.json").write_bytes((self.run.dir / "tokenizer.json").read_bytes())
+            save_file(state, partial / STATE)
+            (partial / CONFIG).write_text(dump_config(self.config))
+            (partial / TOKENIZER).write_bytes((self.run.dir / TOKENIZER).read_bytes())
             (partial / files.META).write_text(json.dumps(meta, indent=1))
 
     def _whole_weights(self) -> dict[str, Tensor]:
@@ -314,8 +314,8 @@ class Engine:
         )
         if done is None:
             raise UserError(f"{path} has no DeepSpeed files for this start")
-        self._load_teacher(read_tensors(path / files.WEIGHTS))
-        self.task.load_state(read_tensors(path / files.STATE, str(self.run.device)))
+        self._load_teacher(read_tensors(path / WEIGHTS))
+        self.task.load_state(read_tensors(path / STATE, str(self.run.device)))
         self._load_rng(path)
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         loader.seek(self.samples_seen)

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from elip_ds.engine.checkpoint import WEIGHTS
 from elip_ds.errors import UserError
+from elip_ds.run import WEIGHTS
 from elip_ds.weights import saved_name
 
 

@@ -17,6 +17,7 @@ from elip_ds.towers.layers import (
     MLP,
     CrossAttention,
     SelfAttention,
+    check_heads,
     init_linear_and_norm,
     init_std,
     recomputed,
@@ -41,10 +42,7 @@ class TextConfig:
     "Activation checkpointing of every layer."
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise UserError(
-                f"model.text.width={self.width} does not divide into heads={self.heads}"
-            )
+        check_heads("model.text", self.width, self.heads)
 
     @property
     def max_length(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_ds.errors import UserError
-from elip_ds.towers.layers import ACTIVATIONS, PreNormBlock, Table, recomputed
+from elip_ds.towers.layers import ACTIVATIONS, PreNormBlock, Table, check_heads, recomputed
 
 EPS = 1e-5
 
@@ -33,10 +33,7 @@ class CLIPTextConfig:
     "Activation checkpointing of every block."
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise UserError(
-                f"model.text.width={self.width} does not divide into heads={self.heads}"
-            )
+        check_heads("model.text", self.width, self.heads)
         if self.activation not in ACTIVATIONS:
             raise UserError(
                 f"model.text.activation={self.activation!r}: choose {' or '.join(ACTIVATIONS)}"

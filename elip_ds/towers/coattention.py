@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from elip_ds.errors import UserError
 from elip_ds.towers.bert import BERTLayer, TextConfig
-from elip_ds.towers.layers import init_linear_and_norm, init_std, recomputed
+from elip_ds.towers.layers import check_heads, init_linear_and_norm, init_std, recomputed
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,7 @@ class CoAttentionConfig:
     "Activation checkpointing of every layer."
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise UserError(
-                f"model.fusion.width={self.width} does not divide into heads={self.heads}"
-            )
+        check_heads("model.fusion", self.width, self.heads)
 
 
 def stream(config: CoAttentionConfig) -> nn.ModuleList:

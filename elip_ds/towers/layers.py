@@ -14,6 +14,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from elip_ds.errors import UserError
+
 
 class FusedQKV(nn.Linear):
     """One matrix for query, key and value; rows are q, then k, then v (the timm layout)."""
@@ -95,6 +97,12 @@ class CrossAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.proj(merge_heads(out))
+
+
+def check_heads(section: str, width: int, heads: int) -> None:
+    """Raises UserError, with the section of the configuration, unless heads divide the width."""
+    if width % heads:
+        raise UserError(f"{section}.width={width} does not divide into heads={heads}")
 
 
 def quick_gelu(x: Tensor) -> Tensor:

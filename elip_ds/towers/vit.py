@@ -19,6 +19,7 @@ from elip_ds.towers.layers import (
     ACTIVATIONS,
     PreNormBlock,
     Table,
+    check_heads,
     init_linear_and_norm,
     init_std,
     recomputed,
@@ -58,10 +59,7 @@ class ViTConfig:
         ):
             if value not in known:
                 raise UserError(f"model.vision.{name}={value!r}: choose {' or '.join(known)}")
-        if self.width % self.heads:
-            raise UserError(
-                f"model.vision.width={self.width} does not divide into heads={self.heads}"
-            )
+        check_heads("model.vision", self.width, self.heads)
 
     @property
     def pixels(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from elip_ds import registry
 from elip_ds.config import read_config
 from elip_ds.errors import UserError
-from elip_ds.run import find_checkpoint
+from elip_ds.run import CONFIG, STATE, WEIGHTS, find_checkpoint
 from elip_ds.weights.container import Container, read_container
 from elip_ds.weights.report import Report
 from elip_ds.weights.sizes import (
@@ -35,8 +35,6 @@ from elip_ds.weights.table import (
     to_ours,
     to_theirs,
 )
-
-WEIGHTS, STATE, CONFIG = "weights.safetensors", "state.safetensors", "config.yaml"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elip_ds.errors import UserError
+from elip_ds.run import TOKENIZER
 from elip_ds.towers.pos_embed import resize_grid, resize_length
 from elip_ds.weights.sizes import settings
 from elip_ds.weights.source import Source, family_of, open_source
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 POSITIONS = ("model.visual.pos_embed.weight", "teacher.visual.pos_embed.weight")
 TEXT_POSITIONS = ("model.text.position.weight", "teacher.text.position.weight")
-WORDS, TOKENIZER = "model.text.embeddings.word.weight", "tokenizer.json"
+WORDS = "model.text.embeddings.word.weight"
 WORD_COUNT = "model.text.vocab_size"
 BLIP_ADDED = 2
 "Words that BLIP appends to BERT's: [DEC] and [ENC]."

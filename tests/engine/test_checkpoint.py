@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from elip_ds.engine import load_weights, read_weights
 from elip_ds.engine.checkpoint import (
     META,
-    WEIGHTS,
     CarefulFiles,
     checkpoint_name,
     clear_leftovers,
@@ -18,7 +17,7 @@ from elip_ds.engine.checkpoint import (
 )
 from elip_ds.engine.weights import saved_name
 from elip_ds.errors import UserError
-from elip_ds.run import find_checkpoint, list_checkpoints
+from elip_ds.run import WEIGHTS, find_checkpoint, list_checkpoints
 
 
 def write_partial(folder, step: int, text: str = "{}"):
