@@ -6,6 +6,7 @@ from elip_ds.models.clip import CLIP
 from elip_ds.models.ema import LocalTensor, MomentumTwin
 from elip_ds.models.features import Fused, ImageFeatures, TextFeatures
 from elip_ds.models.joint import ModelConfig
+from elip_ds.towers.bert import Pairing
 
 __all__ = [
     "ALBEF",
@@ -16,5 +17,6 @@ __all__ = [
     "LocalTensor",
     "ModelConfig",
     "MomentumTwin",
+    "Pairing",
     "TextFeatures",
 ]

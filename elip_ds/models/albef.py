@@ -14,6 +14,7 @@ from torch import Tensor
 from elip_ds.models.features import Fused, ImageFeatures, TextFeatures
 from elip_ds.models.two_towers import TwoTowers, TwoTowersConfig
 from elip_ds.towers import BERT, BERTConfig
+from elip_ds.towers.bert import Pairing
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class ALBEF(TwoTowers):
     Text = BERT
     gives: ClassVar = frozenset({"joint_space", "fusion", "words"})
 
-    def fuse(self, text: TextFeatures, image: ImageFeatures) -> Fused:
-        """Row i of the text reads row i of the image."""
-        states = self.text.fuse(text.text_embeds, text.attention_mask, image.image_embeds)
-        return Fused(states, states[:, 0])
+    def fuse(
+        self, text: TextFeatures, image: ImageFeatures, pairing: Pairing | None = None
+    ) -> Fused:
+        """Row i of the text reads row i of the image, unless a pairing says otherwise."""
+        states, pooled = self.text.fuse(text.text_embeds, text.attention_mask, image.seen, pairing)
+        return Fused(states, pooled if len(pooled) else states[:, 0])
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """Masked words guessed: (..., D) -> (..., V)."""

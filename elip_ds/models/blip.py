@@ -6,7 +6,7 @@ first, because its class token guides the pruning of the image.
 B batch, L text tokens, M image tokens, D width, E joint space, V vocabulary.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from elip_ds.models.features import Fused, ImageFeatures, TextFeatures
 from elip_ds.models.two_towers import TwoTowers, TwoTowersConfig
 from elip_ds.towers import MED, MEDConfig, ViTConfig
+from elip_ds.towers.bert import Pairing
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,19 @@ class BLIP(TwoTowers):
     # The momentum twin encodes images and texts, each alone.
     twin_without: ClassVar = ("cross", "cross_norm", "decoder_attn", "decoder_attn_norm", "lm_head")
 
-    def fuse(self, text: TextFeatures, image: ImageFeatures) -> Fused:
-        """Row i of the text, read anew from its ids, reads row i of the image."""
+    def look(self, image: ImageFeatures) -> ImageFeatures:
+        """With the keys and values that fuse and decode read, for several passes at once."""
+        return replace(image, keys_values=self.text.look(image.image_embeds))
+
+    def fuse(
+        self, text: TextFeatures, image: ImageFeatures, pairing: Pairing | None = None
+    ) -> Fused:
+        """Row i of the text, read anew from its ids, reads row i of the image, unless a pairing
+        says otherwise.
+        """
         input_ids = _start_with(self.config.text.encoder_id, text.input_ids)
-        states = self.text.fuse(input_ids, text.attention_mask, image.image_embeds)
-        return Fused(states, states[:, 0])
+        states, pooled = self.text.fuse(input_ids, text.attention_mask, image.seen, pairing)
+        return Fused(states, pooled if len(pooled) else states[:, 0])
 
     def decode(self, input_ids: Tensor, attention_mask: Tensor, image: ImageFeatures) -> Tensor:
         """input_ids, attention_mask: (B, L) -> (B, L, D), of each token what it says of the next.
@@ -45,7 +54,7 @@ class BLIP(TwoTowers):
         Row i of the text reads row i of the image.
         """
         input_ids = _start_with(self.config.text.decoder_id, input_ids)
-        return self.text.decode(input_ids, attention_mask, image.image_embeds)
+        return self.text.decode(input_ids, attention_mask, image.seen)
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """Next words guessed: (..., D) -> (..., V)."""

@@ -4,9 +4,11 @@ B batch, L text tokens, M image tokens that remain after pruning, D width of the
 the vision tower, E joint space, P what a matching head reads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from elip_ds.towers import KeepIndex
@@ -35,16 +37,35 @@ class TextFeatures:
             None if self.text_feat is None else self.text_feat[rows],
         )
 
+    @staticmethod
+    def pile(own: Sequence["TextFeatures"], others: Sequence["TextFeatures"]) -> "TextFeatures":
+        """Row 0 of each of own, then row 1 of each, ...; then the others, one behind the other.
+
+        Only what a fusion reads: input_ids, attention_mask, text_embeds and text_class.
+        """
+        parts = []
+        for name in ("input_ids", "attention_mask", "text_embeds", "text_class"):
+            by_image = torch.stack([getattr(text, name) for text in own], dim=1).flatten(0, 1)
+            parts.append(torch.cat([by_image, *(getattr(text, name) for text in others)]))
+        return TextFeatures(*parts)
+
 
 @dataclass(frozen=True)
 class ImageFeatures:
     """image_embeds: (B, M, W), class token first.  keep: what pruning did.
     image_feat: (B, E) in the joint space, L2-normalised, fp32; None where the model has no such.
+    keys_values: (B, M, 2D) for each layer that reads the image, where several passes share them.
     """
 
     image_embeds: Tensor
     keep: KeepIndex
     image_feat: Tensor | None = None
+    keys_values: tuple[Tensor, ...] = ()
+
+    @property
+    def seen(self) -> Tensor | tuple[Tensor, ...]:
+        """What a fusion reads of the images."""
+        return self.keys_values or self.image_embeds
 
     def take(self, rows: Tensor) -> "ImageFeatures":
         """The samples of these row numbers, in that order, any of them several times."""
@@ -53,11 +74,14 @@ class ImageFeatures:
             self.image_embeds[rows],
             KeepIndex(keep.origin[rows], keep.owner[rows], keep.share[rows], keep.lengths),
             None if self.image_feat is None else self.image_feat[rows],
+            tuple(x[rows] for x in self.keys_values),
         )
 
 
 class Fused(NamedTuple):
-    """text: (B, L, D) text states that have seen the image.  pooled: (B, P) for a matching head."""
+    """text: (R, L, D) text states that have seen the image, of pairs whose words are wanted.
+    pooled: (R', P) for a matching head, of all other pairs; where there are none, of those.
+    """
 
     text: Tensor
     pooled: Tensor

@@ -118,7 +118,8 @@ class METER(nn.Module):
             words + of_text,
             patches + of_image,
             text.attention_mask,
-            recompute=self.config.fusion.recompute and self.training,
+            recompute=self.config.fusion.recompute,
+            training=self.training,
         )
         pooled_text = self.cross_modal_text_pooler(words[:, 0]).tanh()
         pooled_image = self.cross_modal_image_pooler(patches[:, 0]).tanh()

@@ -1,7 +1,8 @@
 """The contract between a task and its objectives, and the passes that they share.
 
 An objective is a module that owns its heads and its state. It asks the StepContext for forward
-passes by name; two objectives that ask for the same pass share one execution. It returns unweighted
+passes by name; two objectives that ask for the same pass share one execution, and what several want
+fused with the same images is fused in one pass. It returns unweighted
 losses and, as carry, what its state will take in once the optimizer has stepped. forward changes
 nothing; after_step does, once per optimizer step, and not at all when that step was skipped.
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_ds.data import Batch
-from elip_ds.models import Fused, ImageFeatures, TextFeatures
+from elip_ds.models import Fused, ImageFeatures, Pairing, TextFeatures
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Features(NamedTuple):
 class Pass(NamedTuple):
     """A forward pass.
 
-    tower: text, image, fusion, or decoder.  who: student or teacher.
+    tower: text, image, seen (an image with what several passes read of it), fusion, or decoder.
+    who: student or teacher.
     text: name of a text of the context.  view: name of one of its images.
     guide: the text that guides the pruning of the image; None: no pruning.
     """
@@ -98,6 +100,20 @@ class Pass(NamedTuple):
     text: str = "clean"
     view: str = "main"
     guide: str | None = "clean"
+
+
+class Pairs(NamedTuple):
+    """Texts to be fused by the student with the images of one pass.
+
+    image: the pass of the images.  own: texts, (B, ...) each, whose row i reads image i.
+    others: texts and, for each row, the image that it reads.
+    words: all states of the texts are wanted; False: the pooled ones alone. Others want no words.
+    """
+
+    image: Pass
+    own: tuple[TextFeatures, ...]
+    others: tuple[tuple[TextFeatures, Tensor], ...] = ()
+    words: bool = False
 
 
 class StepContext:
@@ -116,8 +132,12 @@ class StepContext:
         *,
         seed: int = 0,
         prune_teacher: bool = False,
+        objectives: Sequence["Objective"] = (),
     ) -> None:
+        """objectives: all that will run, in their order."""
         self.batch, self.progress = batch, progress
+        self._objectives = objectives
+        self._fused: dict[Objective, Fused] = {}
         self.texts = {"clean": (batch.input_ids, batch.attention_mask)}
         self.views = {"main": batch.images}
         self.given: dict[str, Tensor] = {}
@@ -133,6 +153,22 @@ class StepContext:
             with torch.set_grad_enabled(torch.is_grad_enabled() and spec.who == "student"):
                 self.passes[spec] = getattr(self, f"_run_{spec.tower}")(spec)
         return self.passes[spec]
+
+    def fused(self, objective: "Objective") -> Fused:
+        """What the objective's pairs() asks for, rows in this order: image by image those of own,
+        then others. All that objectives want fused with the same images goes through in one pass,
+        of those whose needs are met by now.
+        """
+        if objective not in self._fused:
+            mine = objective.pairs(self)
+            asked = {objective: mine}
+            for other in self._objectives:
+                if other not in (objective, *self._fused) and self._is_ready(other):
+                    pairs = other.pairs(self)
+                    if pairs is not None and self._plain(pairs.image) == self._plain(mine.image):
+                        asked[other] = pairs
+            self._fused |= self._fuse(asked)
+        return self._fused[objective]
 
     def model(self, who: str = "student") -> Any:
         return self._models[who]
@@ -169,9 +205,55 @@ class StepContext:
         text = self.run(spec._replace(tower="text"))
         return self._models[spec.who].fuse(text, self.run(spec._replace(tower="image")))
 
+    def _run_seen(self, spec: Pass) -> ImageFeatures:
+        """Where decoder and fusion read an image by the same weights, these work on it once."""
+        image, model = self.run(spec._replace(tower="image")), self._models[spec.who]
+        return model.look(image) if "decoder" in model.gives else image
+
     def _run_decoder(self, spec: Pass) -> Tensor:
-        image = self.run(spec._replace(tower="image"))
+        image = self.run(spec._replace(tower="seen"))
         return self._models[spec.who].decode(*self.texts[spec.text], image)
+
+    def _is_ready(self, objective: "Objective") -> bool:
+        """Whether all is given that it needs of other objectives."""
+        to_come = {name for other in self._objectives for name in other.gives} - self.given.keys()
+        return not objective.needs(objective.config) & to_come
+
+    def _fuse(self, asked: dict["Objective", Pairs]) -> dict["Objective", Fused]:
+        """One pass for all; then to each its own."""
+        every = list(asked.values())
+        image = self.run(every[0].image._replace(tower="seen"))
+        own = [text for pairs in every for text in pairs.own]
+        others = [other for pairs in every for other in pairs.others]
+        if len(every) == len(own) == 1 and not others and every[0].words:
+            return {objective: self.model().fuse(own[0], image) for objective in asked}
+        wants_words = tuple(pairs.words for pairs in every for _ in pairs.own)
+        rows = torch.cat([rows for _, rows in others]) if others else None
+        texts = TextFeatures.pile(own, [text for text, _ in others])
+        fused = self.model().fuse(texts, image, Pairing(wants_words, rows))
+        return _deal(asked, fused, len(self.batch))
+
+
+def _deal(asked: dict["Objective", Pairs], fused: Fused, batch: int) -> dict["Objective", Fused]:
+    """The rows of one pass (see towers.bert.read_images), given back to those who asked."""
+    counts = [sum(len(p.own) for p in asked.values() if p.words is kind) for kind in (True, False)]
+    states = fused.text.unflatten(0, (batch, counts[0]))
+    pooled = fused.pooled[: batch * counts[1]].unflatten(0, (batch, counts[1]))
+    at, rest = {True: 0, False: 0}, batch * counts[1]
+    dealt = {}
+    for objective, pairs in asked.items():
+        columns = slice(at[pairs.words], at[pairs.words] + len(pairs.own))
+        at[pairs.words] = columns.stop
+        end = rest + batch * len(pairs.others)
+        parts = [fused.pooled[rest:end]]
+        rest = end
+        text = states[:, :0].flatten(0, 1)
+        if pairs.words:
+            text = states[:, columns].flatten(0, 1)
+        else:
+            parts.insert(0, pooled[:, columns].flatten(0, 1))
+        dealt[objective] = Fused(text, torch.cat(parts))
+    return dealt
 
 
 _GOLDEN, _MUL1, _MUL2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -215,6 +297,10 @@ class Objective(nn.Module):
 
     def forward(self, context: StepContext) -> Loss:
         raise TypeError(f"{type(self).__name__} is an objective without a forward")
+
+    def pairs(self, context: StepContext) -> Any:
+        """Pairs that its forward will read by context.fused(self); None: it asks for none."""
+        return None
 
     @property
     def caches(self) -> bool:

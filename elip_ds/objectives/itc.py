@@ -25,7 +25,7 @@ from elip_ds.objectives.base import (
     StepContext,
 )
 from elip_ds.objectives.ring import Ring
-from elip_ds.objectives.soft_targets import ramp, soft_cross_entropy
+from elip_ds.objectives.soft_targets import ramp, soft_contrast
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,21 @@ class ITC(Objective):
             image_keys, text_keys, start = self._keys(teacher_image, teacher_text)
         own = start + torch.arange(len(image), device=image.device)
         temperature = context.model().temperature()
-        i2t = self._logits(image, text_keys, self.text_queue) / temperature
-        t2i = self._logits(text, image_keys, self.image_queue) / temperature
-        with torch.no_grad():
-            teacher_i2t = self._logits(teacher_image, text_keys, self.text_queue) / temperature
-            teacher_t2i = self._logits(teacher_text, image_keys, self.image_queue) / temperature
         alpha = ramp(self.config.alpha, self.config.alpha_ramp, context.progress)
-        image_loss = soft_cross_entropy(i2t, own, teacher_i2t, alpha).mean()
-        text_loss = soft_cross_entropy(t2i, own, teacher_t2i, alpha).mean()
+        losses = [
+            soft_contrast(x, twin, (keys, queue.rows), own, temperature, alpha).mean()
+            for x, twin, keys, queue in (
+                (image, teacher_image, text_keys, self.text_queue),
+                (text, teacher_text, image_keys, self.image_queue),
+            )
+        ]
+        with torch.no_grad():  # those of the present batch are read once more
+            i2t, t2i = image @ text_keys.T / temperature, text @ image_keys.T / temperature
         local = slice(start, start + len(image))
-        context.given |= {"sim_i2t": i2t[:, local].detach(), "sim_t2i": t2i[:, local].detach()}
-        hits = (i2t[:, : len(text_keys)].argmax(dim=1) == own).float().mean()
+        context.given |= {"sim_i2t": i2t[:, local], "sim_t2i": t2i[:, local]}
+        hits = (i2t.argmax(dim=1) == own).float().mean()
         return Loss(
-            values={"itc": 0.5 * (image_loss + text_loss)},
+            values={"itc": 0.5 * (losses[0] + losses[1])},
             logs={"itc_in_batch_recall": hits, "temperature": temperature.detach().squeeze()},
             carry={"image": image_keys, "text": text_keys},
         )
@@ -119,7 +121,3 @@ class ITC(Objective):
             return image, text, 0
         both = dist.gather_rows(torch.stack([image, text], dim=1))  # one collective
         return both[:, 0], both[:, 1], dist.rank() * len(image)
-
-    def _logits(self, x: Tensor, keys: Tensor, queue: Ring) -> Tensor:
-        """(B, E) against all candidates -> (B, K), the present batch first."""
-        return torch.cat([x @ keys.T, x @ queue.rows.T], dim=1)

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_ds.errors import UserError
-from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, Setup, StepContext
+from elip_ds.objectives.base import (
+    Loss,
+    Objective,
+    ObjectiveConfig,
+    Pairs,
+    Pass,
+    Setup,
+    StepContext,
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,8 @@ class ITM(Objective):
         return frozenset({"fusion", *hard})
 
     def forward(self, context: StepContext) -> Loss:
-        noise = context.noise("itm", 2)
         draw = self._hard if self.config.negatives == "hard" else self._random
-        pooled, labels = draw(context, noise)
+        pooled, labels = draw(context)
         logits = self.head(pooled).float()
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return Loss(
@@ -86,22 +93,25 @@ class ITM(Objective):
             carry={},
         )
 
-    def _hard(self, context: StepContext, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs, then each text with a wrong image, then each image with a wrong text: one pass of
-        3B rows. Images keep the tokens that their own captions chose.
+    def pairs(self, context: StepContext) -> Pairs | None:
+        """True pairs, each image with a wrong text, and each text with a wrong image. Images keep
+        the tokens that their own captions chose.
         """
-        text, image = context.run(Pass("text")), context.run(Pass("image"))
-        own = torch.arange(len(noise), device=noise.device)
+        if self.config.negatives != "hard":
+            return None
+        noise = context.noise("itm", 2)
+        text = context.run(Pass("text"))
         image_for_text = draw_negatives(context.given["sim_t2i"], noise[:, 0])
         text_for_image = draw_negatives(context.given["sim_i2t"], noise[:, 1])
-        fused = context.model().fuse(
-            text.take(torch.cat([own, own, text_for_image])),
-            image.take(torch.cat([own, image_for_text, own])),
-        )
-        return fused.pooled, (torch.arange(3 * len(own), device=own.device) < len(own)).long()
+        return Pairs(Pass("image"), (text, text.take(text_for_image)), ((text, image_for_text),))
 
-    def _random(self, context: StepContext, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _hard(self, context: StepContext) -> tuple[Tensor, Tensor]:
+        pooled = context.fused(self).pooled  # (3B, P): pairs and wrong texts in turn, wrong images
+        rows = torch.arange(len(pooled), device=pooled.device)
+        return pooled, ((rows < 2 * len(context.batch)) & (rows % 2 == 0)).long()
+
+    def _random(self, context: StepContext) -> tuple[Tensor, Tensor]:
         """One pass of B rows; each image is pruned by the text that it is paired with."""
-        rows, labels = draw_matches(noise)
+        rows, labels = draw_matches(context.noise("itm", 2))
         context.views["matched"] = context.batch.images[rows]
         return context.run(Pass("fusion", view="matched")).pooled, labels

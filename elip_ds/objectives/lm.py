@@ -2,16 +2,19 @@
 
 Source: BLIP (Li et al. 2022) section 3.2 and its released code.
 
-B local batch, L text tokens, D width, V vocabulary, S words to guess in the batch.
+B local batch, L text tokens, D width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from elip_ds import dist
 from elip_ds.errors import UserError
 from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, StepContext
+from elip_ds.objectives.words import in_pieces
 
 
 @dataclass(frozen=True)
@@ -42,22 +45,23 @@ class LM(Objective):
 
     def forward(self, context: StepContext) -> Loss:
         targets = context.texts["clean"][0][:, 1:]  # (B, L - 1)
-        real = targets != self.setup.special_ids["[PAD]"]
-        states = context.run(Pass("decoder"))[:, :-1][real]  # (S, D)
-        labels = targets[real]
-        logits = context.model().word_logits(states).float()  # (S, V)
-        log_p = logits.log_softmax(dim=1)
-        nats = F.nll_loss(log_p, labels, reduction="none")
+        real = (targets != self.setup.special_ids["[PAD]"]).flatten()
+        states = context.run(Pass("decoder"))[:, :-1].flatten(0, 1)  # (B * (L - 1), D)
         smoothing = self.config.label_smoothing
-        losses = (1 - smoothing) * nats - smoothing * log_p.mean(dim=1)
+
+        def judge(states: Tensor, labels: Tensor) -> Any:
+            logits = context.model().word_logits(states).float()
+            log_p = logits.log_softmax(dim=1)
+            nats = F.nll_loss(log_p, labels, reduction="none")
+            losses = (1 - smoothing) * nats - smoothing * log_p.mean(dim=1)
+            return losses, nats.detach(), (logits.argmax(dim=1) == labels).float()
+
+        losses, nats, hits = in_pieces(judge, self.setup.vocab_size, states, targets.flatten())
         # The mean number of words a rank, so that the mean over ranks is the mean over words.
         count = dist.sum_over_ranks(real.sum()).clamp(min=1) / dist.world_size()
-        hits = (logits.argmax(dim=1) == labels).float().sum()
+        value, nats_per_word, accuracy = ((x * real).sum() / count for x in (losses, nats, hits))
         return Loss(
-            values={"lm": losses.sum() / count},
-            logs={
-                "lm_accuracy": hits / count,
-                "lm_nats_per_word": nats.detach().sum() / count,  # without smoothing
-            },
+            values={"lm": value},
+            logs={"lm_accuracy": accuracy, "lm_nats_per_word": nats_per_word},  # not smoothed
             carry={},
         )

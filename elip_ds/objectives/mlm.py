@@ -2,10 +2,11 @@
 
 Source: ALBEF (Li et al. 2021) section 3.2 and its released code; masking: BERT (Devlin et al.).
 
-B local batch, L text tokens, V vocabulary, S selected positions of the batch.
+B local batch, L text tokens, D width.
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from torch import Tensor
 from elip_ds import dist
 from elip_ds.config import check_duration
 from elip_ds.errors import UserError
-from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pass, StepContext
+from elip_ds.objectives.base import Loss, Objective, ObjectiveConfig, Pairs, Pass, StepContext
 from elip_ds.objectives.soft_targets import ramp, soft_cross_entropy
+from elip_ds.objectives.words import first_of, in_pieces, room_for
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,14 @@ class MLM(Objective):
     """
 
     Config = MLMConfig
+    gives: ClassVar = frozenset({"masked_words"})
 
     @classmethod
     def needs(cls, config: MLMConfig) -> frozenset[str]:
         return frozenset({"fusion", "words", *(["teacher"] if config.alpha > 0 else [])})
 
-    def forward(self, context: StepContext) -> Loss:
+    def pairs(self, context: StepContext) -> Pairs:
+        """The captions with words masked. Leaves them as the text 'masked'."""
         input_ids, attention_mask = context.texts["clean"]
         noise = context.noise("mlm", 3 * input_ids.shape[1])
         masked, selected = mask_words(
@@ -86,21 +90,33 @@ class MLM(Objective):
             special_ids=self.setup.special_ids,
         )
         context.texts["masked"] = (masked, attention_mask)
-        labels = input_ids[selected]  # (S,)
-        spec = Pass("fusion", text="masked", guide=self.config.guide)
-        fused = context.run(spec).text[selected]
-        logits = context.model().word_logits(fused).float()  # (S, V)
+        context.given["masked_words"] = selected
+        text = context.run(Pass("text", text="masked"))
+        return Pairs(Pass("image", guide=self.config.guide), (text,), words=True)
+
+    def forward(self, context: StepContext) -> Loss:
+        states = context.fused(self).text.flatten(0, 1)  # (B * L, D)
+        selected = context.given["masked_words"].flatten()
+        at = first_of(selected, room_for(self.config.probability, len(selected)))
+        selected, labels = selected[at], context.texts["clean"][0].flatten()[at]
+        rows = [states[at], labels]
         if self.config.alpha > 0:
+            spec = Pass("fusion", "teacher", text="masked", guide=self.config.guide)
             with torch.no_grad():
-                fused = context.run(spec._replace(who="teacher")).text[selected]
-                teacher_logits = context.model("teacher").word_logits(fused).float()
-            alpha = ramp(self.config.alpha, self.config.alpha_ramp, context.progress)
-            losses = soft_cross_entropy(logits, labels, teacher_logits, alpha)
-        else:
-            losses = F.cross_entropy(logits, labels, reduction="none")
+                rows.append(context.run(spec).text.flatten(0, 1)[at])
+        alpha = ramp(self.config.alpha, self.config.alpha_ramp, context.progress)
+
+        def judge(states: Tensor, labels: Tensor, taught: Tensor | None = None) -> Any:
+            logits = context.model().word_logits(states).float()
+            hits = (logits.argmax(dim=1) == labels).float()
+            if taught is None:
+                return F.cross_entropy(logits, labels, reduction="none"), hits
+            with torch.no_grad():
+                soft = context.model("teacher").word_logits(taught).float()
+            return soft_cross_entropy(logits, labels, soft, alpha), hits
+
+        losses, hits = in_pieces(judge, self.setup.vocab_size, *rows)
         # The mean number of words a rank, so that the mean over ranks is the mean over words.
         count = dist.sum_over_ranks(selected.sum()).clamp(min=1) / dist.world_size()
-        hits = (logits.argmax(dim=1) == labels).float().sum()
-        return Loss(
-            values={"mlm": losses.sum() / count}, logs={"mlm_accuracy": hits / count}, carry={}
-        )
+        value, accuracy = ((x * selected).sum() / count for x in (losses, hits))
+        return Loss(values={"mlm": value}, logs={"mlm_accuracy": accuracy}, carry={})

@@ -74,7 +74,12 @@ class Pretrain(nn.Module):
         if self.teacher is not None:
             models["teacher"] = self.teacher.model
         context = StepContext(
-            batch, models, progress, seed=self._seed, prune_teacher=self._prune_teacher
+            batch,
+            models,
+            progress,
+            seed=self._seed,
+            prune_teacher=self._prune_teacher,
+            objectives=tuple(self.objectives.values()),
         )
         if first_pass:
             self.cache.keep(context)

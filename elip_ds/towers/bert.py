@@ -6,7 +6,9 @@ the fusion layers (ALBEF, Li et al. 2021, `xbert`). The masked-word head shares 
 B batch, L text tokens, M image tokens, D width, C image width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,14 @@ from elip_ds.errors import UserError
 from elip_ds.towers.layers import (
     MLP,
     CrossAttention,
+    Dropout,
+    Readers,
     SelfAttention,
     check_heads,
     init_linear_and_norm,
     init_std,
-    recomputed,
 )
+from elip_ds.towers.recompute import Run, again, check_recompute, keeping
 
 EPS = 1e-12
 
@@ -38,11 +42,12 @@ class TextConfig:
     max_positions: int = 512
     dropout: float = 0.1
     "On hidden states and attention weights."
-    recompute: bool = False
-    "Activation checkpointing of every layer."
+    recompute: str = "none"
+    "What the backward pass computes again: none, cheap (norms, activations) or full (layers)."
 
     def __post_init__(self) -> None:
         check_heads("model.text", self.width, self.heads)
+        check_recompute("model.text.recompute", self.recompute)
 
     @property
     def max_length(self) -> int:
@@ -64,6 +69,18 @@ class BERTConfig(TextConfig):
             )
 
 
+class Pairing(NamedTuple):
+    """Which texts read which of B images, and what is wanted of them.
+
+    own: for each text that image i is read by, of which there are as many for every image, whether
+    its words are wanted; the rows of the texts are image by image, in this order.
+    others: (B * G,) or None: the images that further texts read; their class token is wanted.
+    """
+
+    own: tuple[bool, ...] = (True,)
+    others: Tensor | None = None
+
+
 class BERT(nn.Module):
     def __init__(self, config: BERTConfig, image_width: int) -> None:
         super().__init__()
@@ -78,27 +95,30 @@ class BERT(nn.Module):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The text half: input_ids, attention_mask (B, L) -> (B, L, D)."""
+        visible = attention_mask.bool()[:, None, None, :]
         x = self.embeddings(input_ids)
-        for layer in self.layers[: self.config.fusion_layer]:
-            x = self._run(layer, x, attention_mask, None)
+        with keeping(self.config.recompute, self.training) as run:
+            for layer in self.layers[: self.config.fusion_layer]:
+                x = run(layer, x, visible)
         return x
 
-    def fuse(self, text: Tensor, attention_mask: Tensor, image: Tensor) -> Tensor:
-        """The fusion half: text (B, L, D) from encode, image (B, M, C) -> (B, L, D)."""
-        x = text
-        for layer in self.layers[self.config.fusion_layer :]:
-            x = self._run(layer, x, attention_mask, image)
-        return x
+    def fuse(
+        self,
+        text: Tensor,
+        attention_mask: Tensor,
+        image: Tensor | Sequence[Tensor],
+        pairing: Pairing | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The fusion half: text (R, L, D) from encode, attention_mask (R, L), image (B, M, C) ->
+        see read_images.
+        """
+        layers = list(self.layers[self.config.fusion_layer :])
+        with keeping(self.config.recompute, self.training) as run:
+            return read_images(layers, run, text, attention_mask, image, pairing or Pairing())
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Word logits: (..., D) -> (..., V)."""
         return self.mlm_head(hidden, self.embeddings.word)
-
-    def _run(self, layer: nn.Module, x: Tensor, mask: Tensor, image: Tensor | None) -> Tensor:
-        visible = mask.bool()[:, None, None, :]
-        if self.config.recompute and self.training and torch.is_grad_enabled():
-            return recomputed(layer, x, visible, image)
-        return layer(x, visible, image)
 
 
 class WordEmbedding(nn.Embedding):
@@ -129,7 +149,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_positions, config.width)
         self.token_type = nn.Embedding(token_types, config.width) if token_types else None
         self.norm = nn.LayerNorm(config.width, eps=eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, D)."""
@@ -167,7 +187,7 @@ class BERTLayer(nn.Module):
             self.cross_norm = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.mlp_norm = nn.LayerNorm(width, eps=eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -176,18 +196,72 @@ class BERTLayer(nn.Module):
         context: Tensor | None = None,
         context_visible: Tensor | None = None,
         decode: bool = False,
+        readers: Readers | None = None,
+        asks: str = "all",
     ) -> Tensor:
-        """x: (B, L, D).  visible: bool, (B, 1, 1, L) or (B, 1, L, L); None: all.
-        context: (B, M, C) or None.  context_visible: (B, 1, 1, M) bool; None: all of it.
-        decode: by the decoder's self-attention.
+        """x: (R, L, D) -> (R, L, D).  visible: bool, (R, 1, 1, L) or (R, 1, L, L); None: all.
+        context: None, or the keys and values (B, M, 2D) that self.cross.key_value gives for one.
+        context_visible: (B, 1, 1, M) bool; None: all of it.  readers: who reads which context.
+        decode: by the decoder's self-attention.  asks: class gives token 0 alone, (R, 1, D).
         """
         attn, norm = self.attn, self.attn_norm
         if decode:
             attn, norm = self.decoder_attn, self.decoder_attn_norm
-        x = norm(x + self.dropout(attn(x, visible)))
+        asking = x if asks == "all" else x[:, :1]
+        x = again(norm, asking + self.dropout(attn(x, visible, asks=asks)))
         if context is not None:
-            x = self.cross_norm(x + self.dropout(self.cross(x, context, context_visible)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+            seen = self.cross(x, context, context_visible, readers)
+            x = again(self.cross_norm, x + self.dropout(seen))
+        return again(self.mlp_norm, x + self.dropout(self.mlp(x)))
+
+
+def read_images(
+    layers: Sequence[Any],
+    run: Run,
+    text: Tensor,
+    attention_mask: Tensor,
+    image: Tensor | Sequence[Tensor],
+    pairing: Pairing,
+) -> tuple[Tensor, Tensor]:
+    """Texts through layers that read images, all pairs in one pass.
+
+    text: (R, L, D).  attention_mask: (R, L).  image: (B, M, C), or each layer's keys and values.
+    Returns the states of the texts whose words are wanted (B * words, L, D), and the class tokens
+    of all others (R - B * words, D), each in the order of the pairing.
+    Where no words are wanted the last layer runs for the class token alone.
+    """
+    own = len(pairing.own)
+    visible = attention_mask.bool()[:, None, None, :]
+    x, readers = text, Readers(own, pairing.others)
+    for number, layer in enumerate(layers):
+        seen = layer.cross.key_value(image) if isinstance(image, Tensor) else image[number]
+        if number < len(layers) - 1:
+            x = run(layer, x, visible, seen, None, False, readers)
+
+    last, batch = layers[-1], len(seen)
+    words = [i for i, wanted in enumerate(pairing.own) if wanted]
+    rest = [i for i, wanted in enumerate(pairing.own) if not wanted]
+    states, pooled = text.new_zeros(0, *text.shape[1:]), text.new_zeros(0, text.shape[2])
+    if words:
+        rows, see = (_texts(part, batch, own, words) for part in (x, visible))
+        states = run(last, rows, see, seen, None, False, Readers(len(words)))
+    if rest or pairing.others is not None:
+        rows, see = (
+            torch.cat([_texts(part, batch, own, rest), part[batch * own :]])
+            for part in (x, visible)
+        )
+        few = Readers(len(rest), pairing.others)
+        pooled = run(last, rows, see, seen, None, False, few, "class").squeeze(1)
+    return states, pooled
+
+
+def _texts(x: Tensor, batch: int, own: int, which: list[int]) -> Tensor:
+    """Of rows that are image by image, own for each, those of which: (B * len(which), ...)."""
+    x = x[: batch * own]
+    if len(which) == own:
+        return x
+    per_image = x.unflatten(0, (batch, own))
+    return torch.stack([per_image[:, i] for i in which], dim=1).flatten(0, 1) if which else x[:0]
 
 
 class MLMHead(nn.Module):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from elip_ds.errors import UserError
-from elip_ds.towers.layers import ACTIVATIONS, PreNormBlock, Table, check_heads, recomputed
+from elip_ds.towers.layers import ACTIVATIONS, PreNormBlock, Table, check_heads
+from elip_ds.towers.recompute import check_recompute, keeping
 
 EPS = 1e-5
 
@@ -29,11 +30,12 @@ class CLIPTextConfig:
     max_positions: int = 77
     activation: str = "gelu"
     "gelu, or quick_gelu as in OpenAI's weights."
-    recompute: bool = False
-    "Activation checkpointing of every block."
+    recompute: str = "none"
+    "What the backward pass computes again: none, cheap (norms, activations) or full (blocks)."
 
     def __post_init__(self) -> None:
         check_heads("model.text", self.width, self.heads)
+        check_recompute("model.text.recompute", self.recompute)
         if self.activation not in ACTIVATIONS:
             raise UserError(
                 f"model.text.activation={self.activation!r}: choose {' or '.join(ACTIVATIONS)}"
@@ -72,9 +74,9 @@ class CLIPText(nn.Module):
         Returns the states after the final norm (B, L, D), and those at the end marks (B, D).
         """
         x = self.embeddings["word"](input_ids) + self.position()[:, : input_ids.shape[1]]
-        recompute = self.config.recompute and self.training and torch.is_grad_enabled()
-        for block in self.blocks:
-            x = recomputed(block, x) if recompute else block(x)
+        with keeping(self.config.recompute, self.training) as run:
+            for block in self.blocks:
+                x = run(block, x)
         x = self.norm(x)
         rows = torch.arange(len(x), device=x.device)
         return x, x[rows, input_ids.argmax(dim=1)]

@@ -7,12 +7,14 @@ B batch, L text tokens, M image tokens, D width.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from elip_ds.towers.bert import BERTLayer, TextConfig
-from elip_ds.towers.layers import check_heads, init_linear_and_norm, init_std, recomputed
+from elip_ds.towers.layers import check_heads, init_linear_and_norm, init_std
+from elip_ds.towers.recompute import check_recompute, keeping
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,12 @@ class CoAttentionConfig:
     mlp_ratio: float = 4.0
     dropout: float = 0.1
     "On hidden states and attention weights."
-    recompute: bool = False
-    "Activation checkpointing of every layer."
+    recompute: str = "none"
+    "What the backward pass computes again: none, cheap (norms, activations) or full (layers)."
 
     def __post_init__(self) -> None:
         check_heads("model.fusion", self.width, self.heads)
+        check_recompute("model.fusion.recompute", self.recompute)
 
 
 def stream(config: CoAttentionConfig) -> nn.ModuleList:
@@ -52,24 +55,26 @@ def coattend(
     image: Tensor,
     attention_mask: Tensor,
     *,
-    recompute: bool,
+    recompute: str,
+    training: bool,
 ) -> tuple[Tensor, Tensor]:
     """text (B, L, D), image (B, M, D) -> both, after the two streams' layers of equal number.
 
     attention_mask: (B, L) of the text; no stream sees its padding.  Layer l of either stream reads
     what layer l - 1 of the other gave, so neither runs ahead.
-    recompute: activation checkpointing, in training.
+    recompute, training: see towers.recompute.
     """
     visible = attention_mask.bool()[:, None, None, :]
-    recompute = recompute and torch.is_grad_enabled()
-    for text_layer, image_layer in zip(text_layers, image_layers, strict=True):
-        text_inputs = text, visible, image
-        image_inputs = image, None, text, visible
-        if recompute:
+    with keeping(recompute, training) as run:
+        for text_layer, image_layer in zip(text_layers, image_layers, strict=True):
             text, image = (
-                recomputed(text_layer, *text_inputs),
-                recomputed(image_layer, *image_inputs),
+                run(partial(_read, text_layer), text, visible, image, None),
+                run(partial(_read, image_layer), image, None, text, visible),
             )
-        else:
-            text, image = text_layer(*text_inputs), image_layer(*image_inputs)
     return text, image
+
+
+def _read(
+    layer: Any, x: Tensor, visible: Tensor | None, other: Tensor, other_visible: Tensor | None
+) -> Tensor:
+    return layer(x, visible, layer.cross.key_value(other), other_visible)

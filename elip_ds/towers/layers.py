@@ -8,13 +8,15 @@ through it where others would reach for its weight from outside.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from elip_ds.errors import UserError
+from elip_ds.towers.attention import attend
+from elip_ds.towers.recompute import again
 
 
 class FusedQKV(nn.Linear):
@@ -24,16 +26,21 @@ class FusedQKV(nn.Linear):
         super().__init__(width, 3 * width, bias=bias)
         self.width = width
 
-    def forward(  # type: ignore[override]  # a second way through, for the look-ahead
-        self, x: Tensor, class_row: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """x: (B, N, D) -> (B, N, 3D); with class_row q (B, 1, D), k (B, N, D)."""
-        if not class_row:
-            return super().forward(x)
+    def forward(  # type: ignore[override]  # other ways through, where only token 0 asks
+        self, x: Tensor, asks: str = "all", values: bool = True
+    ) -> tuple[Tensor, ...]:
+        """x: (B, N, D) -> q, k, v, each (B, N, D).
+
+        asks: all, or class: q is then of token 0 alone, (B, 1, D).  values: False leaves out v.
+        """
         d = self.width
+        if asks == "all":
+            return super().forward(x).chunk(3, dim=-1)
+        end = (3 if values else 2) * d
         bias = self.bias if self.bias is not None else x.new_zeros(3 * d)
         query = F.linear(x[:, :1], self.weight[:d], bias[:d])
-        return query, F.linear(x, self.weight[d : 2 * d], bias[d : 2 * d])
+        rest = F.linear(x, self.weight[d:end], bias[d:end])
+        return query, *rest.split(d, dim=-1)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -55,16 +62,18 @@ class SelfAttention(nn.Module):
         self.qkv = FusedQKV(width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x: (B, N, D).  mask: bool, (B, 1, 1, N) or (B, 1, N, N), True where a token may be
-        attended to.  causal: to itself and what is before it; instead of a mask.
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, asks: str = "all"
+    ) -> Tensor:
+        """x: (B, N, D) -> (B, N, D).
+
+        mask: bool, (B, 1, 1, N) or (B, 1, N, N), True where a token may be attended to.
+        causal: to itself and what is before it; instead of a mask.
+        asks: class gives token 0 alone, (B, 1, D), with a mask of one row.
         """
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x, asks=asks))
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
-        )
-        return self.proj(merge_heads(out))
+        return self.proj(merge_heads(attend(q, k, v, mask, dropout=dropout, causal=causal)))
 
     def class_attention(self, x: Tensor) -> Tensor:
         """Head mean of the attention row of token 0, in fp32: x (B, N, D) -> (B, N).
@@ -72,10 +81,21 @@ class SelfAttention(nn.Module):
         The probabilities before dropout. Values, output projection and the other rows are not
         computed.
         """
-        query, key = self.qkv(x, class_row=True)
+        query, key = self.qkv(x, asks="class", values=False)
         q, k = split_heads(query, self.heads), split_heads(key, self.heads)
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, 1, N)
         return logits.float().softmax(dim=-1).mean(dim=1).squeeze(1)
+
+
+class Readers(NamedTuple):
+    """Which of R rows of queries reads which of B contexts.
+
+    own: the first B * own rows, image by image: rows i * own to (i + 1) * own - 1 read context i.
+    others: (R - B * own,) for each further row the number of the context that it reads.
+    """
+
+    own: int = 1
+    others: Tensor | None = None
 
 
 class CrossAttention(nn.Module):
@@ -88,21 +108,62 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(context_width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (B, N, D), context: (B, M, C) -> (B, N, D).  mask: (B, 1, 1, M) bool, True where the
-        context may be attended to; None: all of it.
+    def forward(
+        self,
+        x: Tensor,
+        keys_values: Tensor,
+        mask: Tensor | None = None,
+        readers: Readers | None = None,
+    ) -> Tensor:
+        """x: (R, N, D) -> (R, N, D).  keys_values: (B, M, 2D), what key_value gives for a context.
+        mask: (B, 1, 1, M) bool, True where the context may be attended to; None: all of it.
+        readers: None where R = B and row i reads context i.
+
+        Rows that read the same context are one longer sequence of queries to it: its keys and
+        values are there once. A context for a single row is copied for it.
         """
-        q = split_heads(self.query(x), self.heads)
-        k, v = (split_heads(part, self.heads) for part in self.key_value(context).chunk(2, dim=-1))
+        own, others = readers or Readers()
+        batch, length = len(keys_values), x.shape[1]
+        q = self.query(x)
+        parts = []
+        if own:
+            first = q[: batch * own].unflatten(0, (batch, own)).flatten(1, 2)  # (B, own * N, D)
+            out = self._attend(first, keys_values, mask)
+            parts.append(out.unflatten(1, (own, length)).flatten(0, 1))
+        if others is not None:
+            theirs = again(_rows, keys_values, others, copies=True)
+            seen = None if mask is None else mask[others]
+            parts.append(self._attend(q[batch * own :], theirs, seen))
+        return self.proj(again(_joined, *parts, copies=True) if len(parts) > 1 else parts[0])
+
+    def _attend(self, query: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
+        q = split_heads(query, self.heads)
+        k, v = (split_heads(part, self.heads) for part in keys_values.chunk(2, dim=-1))
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.proj(merge_heads(out))
+        return merge_heads(attend(q, k, v, mask, dropout=dropout))
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    return x.index_select(0, rows)
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
 
 
 def check_heads(section: str, width: int, heads: int) -> None:
     """Raises UserError, with the section of the configuration, unless heads divide the width."""
     if width % heads:
         raise UserError(f"{section}.width={width} does not divide into heads={heads}")
+
+
+class Dropout(nn.Dropout):
+    """As its base, but keeping one byte an element on a CPU, too, where torch keeps the factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.p):
+            return x
+        return torch.native_dropout(x, self.p, True)[0]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -123,7 +184,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(again(self.activation, self.fc1(x)))
 
 
 class PreNormBlock(nn.Module):
@@ -147,8 +208,8 @@ class PreNormBlock(nn.Module):
         self.mlp = MLP(width, hidden, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), causal=self.causal)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attn(again(self.norm1, x), causal=self.causal)
+        return x + self.mlp(again(self.norm2, x))
 
     def class_attention(self, x: Tensor) -> Tensor:
         """What the class token attends to inside this block: (B, N, D) -> (B, N), fp32."""
@@ -192,8 +253,3 @@ def init_linear_and_norm(module: nn.Module, std: float, truncated: bool) -> None
             nn.init.ones_(part.weight)
         if isinstance(part, nn.Linear | nn.LayerNorm) and part.bias is not None:
             nn.init.zeros_(part.bias)
-
-
-def recomputed(block: nn.Module, *inputs: Tensor | bool | None) -> Tensor:
-    """block(*inputs), storing only the inputs and running the block again in the backward pass."""
-    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)

@@ -6,13 +6,23 @@ and decoder share everything but self-attention; every layer can attend to the i
 B batch, L text tokens, M image tokens, D width, C image width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from elip_ds.towers.bert import BERTLayer, Embeddings, MLMHead, TextConfig
-from elip_ds.towers.layers import init_linear_and_norm, init_std, recomputed
+from elip_ds.towers.bert import (
+    BERTLayer,
+    Embeddings,
+    MLMHead,
+    Pairing,
+    TextConfig,
+    read_images,
+)
+from elip_ds.towers.layers import init_linear_and_norm, init_std
+from elip_ds.towers.recompute import keeping
 
 
 @dataclass(frozen=True)
@@ -49,29 +59,50 @@ class MED(nn.Module):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The text alone: input_ids, attention_mask (B, L) -> (B, L, D)."""
-        return self._run(input_ids, attention_mask.bool()[:, None, None, :])
+        visible = attention_mask.bool()[:, None, None, :]
+        x = self.embeddings(input_ids)
+        with keeping(self.config.recompute, self.training) as run:
+            for layer in self.layers:
+                x = run(layer, x, visible)
+        return x
 
-    def fuse(self, input_ids: Tensor, attention_mask: Tensor, image: Tensor) -> Tensor:
-        """Every layer sees the image, (B, M, C) -> (B, L, D)."""
-        return self._run(input_ids, attention_mask.bool()[:, None, None, :], image)
+    def look(self, image: Tensor) -> tuple[Tensor, ...]:
+        """(B, M, C) -> every layer's keys and values, (B, M, 2D) each, for fuse and decode."""
+        layers = cast(list[BERTLayer], self.layers)
+        return tuple(layer.cross.key_value(image) for layer in layers)
 
-    def decode(self, input_ids: Tensor, attention_mask: Tensor, image: Tensor) -> Tensor:
-        """As fuse, but each token sees only itself and what is before it."""
+    def fuse(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image: Tensor | Sequence[Tensor],
+        pairing: Pairing | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """input_ids, attention_mask: (R, L).  image: (B, M, C), or what look gave for it.
+
+        Every layer sees the image. Returns as towers.bert.read_images does.
+        """
+        x = self.embeddings(input_ids)
+        pairing = pairing or Pairing()
+        with keeping(self.config.recompute, self.training) as run:
+            return read_images(list(self.layers), run, x, attention_mask, image, pairing)
+
+    def decode(
+        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor | Sequence[Tensor]
+    ) -> Tensor:
+        """Each token sees the image, itself and what is before it: (B, L, D)."""
         length = input_ids.shape[1]
         past = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
         visible = attention_mask.bool()[:, None, None, :] & past  # (B, 1, L, L)
-        return self._run(input_ids, visible, image, decode=True)
+        x = self.embeddings(input_ids)
+        with keeping(self.config.recompute, self.training) as run:
+            for layer, seen in zip(self.layers, self._seen(image), strict=True):
+                x = run(layer, x, visible, seen, None, True)
+        return x
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         return self.lm_head(hidden, self.embeddings.word)
 
-    def _run(
-        self, input_ids: Tensor, visible: Tensor, image: Tensor | None = None, decode: bool = False
-    ) -> Tensor:
-        x = self.embeddings(input_ids)
-        recompute = self.config.recompute and self.training and torch.is_grad_enabled()
-        for layer in self.layers:
-            inputs = (x, visible, image, None, decode)
-            x = recomputed(layer, *inputs) if recompute else layer(*inputs)
-        return x
+    def _seen(self, image: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.look(image) if isinstance(image, Tensor) else image

@@ -9,12 +9,12 @@ B batch, L text tokens, D width.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from elip_ds.errors import UserError
 from elip_ds.towers.bert import EPS, BERTLayer, Embeddings, TextConfig
-from elip_ds.towers.layers import init_linear_and_norm, init_std, recomputed
+from elip_ds.towers.layers import init_linear_and_norm, init_std
+from elip_ds.towers.recompute import keeping
 
 
 class Variant(NamedTuple):
@@ -72,7 +72,7 @@ class RoBERTa(nn.Module):
         """input_ids, attention_mask: (B, L) -> (B, L, D)."""
         visible = attention_mask.bool()[:, None, None, :]
         x = self.embeddings(input_ids)
-        recompute = self.config.recompute and self.training and torch.is_grad_enabled()
-        for layer in self.layers:
-            x = recomputed(layer, x, visible) if recompute else layer(x, visible)
+        with keeping(self.config.recompute, self.training) as run:
+            for layer in self.layers:
+                x = run(layer, x, visible)
         return x

@@ -22,8 +22,8 @@ from elip_ds.towers.layers import (
     check_heads,
     init_linear_and_norm,
     init_std,
-    recomputed,
 )
+from elip_ds.towers.recompute import check_recompute, keeping
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class ViTConfig:
     "vit: as DeiT, ALBEF, BLIP.  clip: no patch bias, a norm before block 0, norms' eps 1e-5."
     activation: str = "gelu"
     "gelu, or quick_gelu as in OpenAI's CLIP weights and METER."
-    recompute: bool = False
-    "Activation checkpointing: store only each block's input and run the block again in backward."
+    recompute: str = "none"
+    "What the backward pass computes again: none, cheap (norms, activations) or full (blocks)."
 
     def __post_init__(self) -> None:
         for name, side in (("image_size", self.pixels[0]), ("image_width", self.pixels[1])):
@@ -60,6 +60,7 @@ class ViTConfig:
             if value not in known:
                 raise UserError(f"model.vision.{name}={value!r}: choose {' or '.join(known)}")
         check_heads("model.vision", self.width, self.heads)
+        check_recompute("model.vision.recompute", self.recompute)
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -122,18 +123,19 @@ class ViT(nn.Module):
 
         Returns tokens (B, L, D) after the final norm, class token first, and what pruning did.
         """
+        # Channels last, the convolution's result is (B, N, D) in memory, and nothing is transposed.
+        images = images.contiguous(memory_format=torch.channels_last)
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
         x = torch.cat([self.cls_token().expand(len(patches), -1, -1), patches], dim=1)
         x = self.norm_pre(x + self.pos_embed())
         index = elip.full_index(len(patches), patches.shape[1], x.device)
         stages = {s.layer: (i, s) for i, s in enumerate(self.pruning.stages)}
-        for layer, block in enumerate(self.blocks):
-            if text_class is not None and layer in stages:
-                x, index = self._prune(x, text_class, index, *stages[layer])
-            # What pruning keeps is decided outside the recomputed part: recomputing a tie could
-            # otherwise choose another token.
-            recompute = self.config.recompute and self.training and torch.is_grad_enabled()
-            x = recomputed(block, x) if recompute else block(x)
+        with keeping(self.config.recompute, self.training) as run:
+            for layer, block in enumerate(self.blocks):
+                if text_class is not None and layer in stages:
+                    # Outside what is run again: a tie could otherwise choose another token then.
+                    x, index = self._prune(x, text_class, index, *stages[layer])
+                x = run(block, x)
         return self.norm(x), index
 
     def _prune(
