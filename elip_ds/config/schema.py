@@ -263,6 +263,8 @@ class EngineConfig:
     "DeepSpeed JSON; usually given as --deepspeed ds_configs/z2.json."
     precision: str = "auto"
     "fp32, bf16, fp16; auto: bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU."
+    compile: bool = False
+    "torch.compile the blocks of the towers, for ZeRO 0 to 2; costs minutes at the start."
 
     def __post_init__(self) -> None:
         _require(self.deepspeed != "", "engine.deepspeed is empty: name a DeepSpeed JSON")

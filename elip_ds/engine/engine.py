@@ -24,6 +24,7 @@ from elip_ds.batching import Plan
 from elip_ds.config import Config, dump_config, duration_in_samples
 from elip_ds.data import Batch, HeldOut, TrainLoader
 from elip_ds.engine import checkpoint as files
+from elip_ds.engine.compile import check_compile, compile_blocks
 from elip_ds.engine.ds_config import fill_ds_config
 from elip_ds.engine.optim import build_optimizer
 from elip_ds.engine.schedule import learning_rate
@@ -71,6 +72,7 @@ class Engine:
         self.ds_config = fill_ds_config(
             ds_tree, engine=config.engine, optim=config.optim, plan=plan, device=run.device
         )
+        check_compile(config.engine.compile, self.stage)
         target = self.ds_config["zero_optimization"].get("offload_optimizer") or {}
         offload = target.get("device", "none") != "none"
         if not list_checkpoints(self.folder):
@@ -82,6 +84,8 @@ class Engine:
             # DeepSpeed would compile a shared-memory all-reduce for over a minute; gloo has one.
             deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         task.to(run.device)
+        if config.engine.compile:
+            compile_blocks(task)
         self._engine, *_ = deepspeed.initialize(
             model=task, optimizer=optimizer, config=self.ds_config
         )

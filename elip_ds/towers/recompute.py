@@ -93,8 +93,9 @@ def again(function: Callable[..., Tensor], *inputs: Any, copies: bool = False) -
     copies: it only moves rows, so that making it again costs no operation.
     """
     result = function(*inputs)
-    wanted = _open and torch.is_grad_enabled() and (copies or _open[-1].cheap)
-    if wanted and not torch.compiler.is_compiling():  # which decides by itself what it keeps
+    if torch.compiler.is_compiling():  # which decides by itself what is kept
+        return result
+    if _open and torch.is_grad_enabled() and (copies or _open[-1].cheap):
         _open[-1].made[StorageWeakRef(result.untyped_storage())] = function, inputs
     return result
 
