@@ -207,8 +207,9 @@ class BERTLayer(nn.Module):
         attn, norm = self.attn, self.attn_norm
         if decode:
             attn, norm = self.decoder_attn, self.decoder_attn_norm
-        asking = x if asks == "all" else x[:, :1]
-        x = again(norm, asking + self.dropout(attn(x, visible, asks=asks)))
+        asking = None if asks == "all" else x[:, :1]
+        seen = attn(x, visible, asking=asking)
+        x = again(norm, (x if asking is None else asking) + self.dropout(seen))
         if context is not None:
             seen = self.cross(x, context, context_visible, readers)
             x = again(self.cross_norm, x + self.dropout(seen))

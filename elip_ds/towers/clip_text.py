@@ -48,9 +48,11 @@ class CLIPTextConfig:
 
 
 class CLIPText(nn.Module):
+    """ends_only: the last block runs for the end marks alone; for a step that reads no others."""
+
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ends_only = config, False
         words = nn.Embedding(config.vocab_size, config.width)
         self.embeddings = nn.ModuleDict({"word": words})
         self.position = Table(config.max_positions, config.width)
@@ -71,15 +73,19 @@ class CLIPText(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids: (B, L), the end mark the highest of each row.
 
-        Returns the states after the final norm (B, L, D), and those at the end marks (B, D).
+        Returns the states after the final norm (B, L, D), or with ends_only (B, 1, D), and those at
+        the end marks (B, D).
         """
         x = self.embeddings["word"](input_ids) + self.position()[:, : input_ids.shape[1]]
+        ends = input_ids.argmax(dim=1)
         with keeping(self.config.recompute, self.training) as run:
-            for block in self.blocks:
+            for block in self.blocks[:-1]:
                 x = run(block, x)
+            x = run(self.blocks[-1], x, ends if self.ends_only else None)
         x = self.norm(x)
-        rows = torch.arange(len(x), device=x.device)
-        return x, x[rows, input_ids.argmax(dim=1)]
+        if self.ends_only:
+            return x, x[:, 0]
+        return x, x[torch.arange(len(x), device=x.device), ends]
 
     def _init_weights(self) -> None:
         """open_clip's: what adds to the residual stream starts smaller, the deeper the tower."""

@@ -26,19 +26,19 @@ class FusedQKV(nn.Linear):
         super().__init__(width, 3 * width, bias=bias)
         self.width = width
 
-    def forward(  # type: ignore[override]  # other ways through, where only token 0 asks
-        self, x: Tensor, asks: str = "all", values: bool = True
+    def forward(  # type: ignore[override]  # other ways through, where few tokens ask
+        self, x: Tensor, asking: Tensor | None = None, values: bool = True
     ) -> tuple[Tensor, ...]:
         """x: (B, N, D) -> q, k, v, each (B, N, D).
 
-        asks: all, or class: q is then of token 0 alone, (B, 1, D).  values: False leaves out v.
+        asking: (B, A, D) that alone get a q, (B, A, D).  values: False leaves out v then.
         """
         d = self.width
-        if asks == "all":
+        if asking is None:
             return super().forward(x).chunk(3, dim=-1)
         end = (3 if values else 2) * d
         bias = self.bias if self.bias is not None else x.new_zeros(3 * d)
-        query = F.linear(x[:, :1], self.weight[:d], bias[:d])
+        query = F.linear(asking, self.weight[:d], bias[:d])
         rest = F.linear(x, self.weight[d:end], bias[d:end])
         return query, *rest.split(d, dim=-1)
 
@@ -63,15 +63,19 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, asks: str = "all"
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        asking: Tensor | None = None,
     ) -> Tensor:
         """x: (B, N, D) -> (B, N, D).
 
         mask: bool, (B, 1, 1, N) or (B, 1, N, N), True where a token may be attended to.
         causal: to itself and what is before it; instead of a mask.
-        asks: class gives token 0 alone, (B, 1, D), with a mask of one row.
+        asking: (B, A, D), tokens of x for which alone the result is wanted; (B, A, D).
         """
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x, asks=asks))
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x, asking))
         dropout = self.dropout if self.training else 0.0
         return self.proj(merge_heads(attend(q, k, v, mask, dropout=dropout, causal=causal)))
 
@@ -81,7 +85,7 @@ class SelfAttention(nn.Module):
         The probabilities before dropout. Values, output projection and the other rows are not
         computed.
         """
-        query, key = self.qkv(x, asks="class", values=False)
+        query, key = self.qkv(x, x[:, :1], values=False)
         q, k = split_heads(query, self.heads), split_heads(key, self.heads)
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, 1, N)
         return logits.float().softmax(dim=-1).mean(dim=1).squeeze(1)
@@ -207,13 +211,30 @@ class PreNormBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, hidden, activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(again(self.norm1, x), causal=self.causal)
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x: (B, N, D) -> (B, N, D).  rows: (B,), the one token of each that is wanted; (B, 1, D).
+
+        What no one reads is not computed: of the other tokens, keys and values alone.
+        """
+        normed = again(self.norm1, x)
+        if rows is None:
+            x = x + self.attn(normed, causal=self.causal)
+        else:
+            before = None
+            if self.causal:
+                places = torch.arange(x.shape[1], device=x.device)
+                before = (places <= rows.unsqueeze(1))[:, None, None, :]
+            x = _token(x, rows) + self.attn(normed, before, asking=_token(normed, rows))
         return x + self.mlp(again(self.norm2, x))
 
     def class_attention(self, x: Tensor) -> Tensor:
         """What the class token attends to inside this block: (B, N, D) -> (B, N), fp32."""
         return self.attn.class_attention(self.norm1(x))
+
+
+def _token(x: Tensor, rows: Tensor) -> Tensor:
+    """(B, N, D), (B,) -> (B, 1, D)."""
+    return x.gather(1, rows.view(-1, 1, 1).expand(-1, 1, x.shape[-1]))
 
 
 class Table(nn.Module):
