@@ -8,6 +8,11 @@ if not torch.accelerator.is_available():
     # DeepSpeed would find this out too, with a warning on stdout from every process.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from elip_ds.engine.fused import unusable_apex_hidden
+
+with unusable_apex_hidden():
+    import deepspeed  # noqa: F401  # here first, for whatever is called apex
+
 from elip_ds.engine.checkpoint import read_meta
 from elip_ds.engine.consolidate import consolidate
 from elip_ds.engine.ds_config import json_batch, read_ds_config
