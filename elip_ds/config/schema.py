@@ -184,7 +184,7 @@ class TeacherConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = 1e-4
-    "Peak learning rate."
+    "Peak learning rate; by lr_rule, that of a batch of base_batch_size."
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.02
@@ -196,9 +196,29 @@ class OptimConfig:
     "Learning-rate factors: every parameter whose name contains the key; the last match counts."
     clip_norm: float = 0.0
     "Largest gradient norm; 0 is off."
+    name: str = "adamw"
+    "adamw, or lamb for very large batches."
+    lr_rule: str = "none"
+    "What the peak is multiplied by: none, or linear or sqrt of global batch / base_batch_size."
+    base_batch_size: int | None = None
+    "Samples per step that optim.lr was found at, for lr_rule."
 
     def __post_init__(self) -> None:
+        _require(self.name in ("adamw", "lamb"), f"optim.name={self.name!r}: choose adamw or lamb")
         _require(self.lr > 0, f"optim.lr={self.lr}: above 0")
+        _require(
+            self.lr_rule in ("none", "linear", "sqrt"),
+            f"optim.lr_rule={self.lr_rule!r}: choose none, linear or sqrt",
+        )
+        _require(
+            self.base_batch_size is None or self.base_batch_size >= 1,
+            f"optim.base_batch_size={self.base_batch_size}: 1 or more, or null",
+        )
+        _require(
+            self.lr_rule == "none" or self.base_batch_size is not None,
+            f"optim.lr_rule={self.lr_rule} with optim.base_batch_size=null: give the global batch "
+            "size that optim.lr was found at, or set optim.lr_rule=none",
+        )
         _require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas={list(self.betas)}: two numbers, 0 or more and below 1",
@@ -219,6 +239,7 @@ class ScheduleConfig:
     warmup: str = "0 samples"
     "Linear warm-up from warmup_lr to optim.lr."
     warmup_lr: float = 1e-5
+    "Where the warm-up begins; like min_lr it stays as given, whatever optim.lr_rule does."
     min_lr: float = 1e-5
     "Where the decay ends, or what it does not fall below."
     shape: str = "cosine"
@@ -265,12 +286,18 @@ class EngineConfig:
     "fp32, bf16, fp16; auto: bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU."
     compile: bool = False
     "torch.compile the blocks of the towers, for ZeRO 0 to 2; costs minutes at the start."
+    fused: str = "auto"
+    "Whose LayerNorm, AdamW, LAMB run on a GPU: torch, apex, deepspeed; auto: apex's if it works."
 
     def __post_init__(self) -> None:
         _require(self.deepspeed != "", "engine.deepspeed is empty: name a DeepSpeed JSON")
         _require(
             self.precision in ("auto", "fp32", "bf16", "fp16"),
             f"engine.precision={self.precision!r}: choose auto, fp32, bf16 or fp16",
+        )
+        _require(
+            self.fused in ("auto", "torch", "apex", "deepspeed"),
+            f"engine.fused={self.fused!r}: choose auto, torch, apex or deepspeed",
         )
 
 

@@ -134,7 +134,7 @@ def fill_ds_config(
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "steps_per_print": full.get("steps_per_print", 10**9),
-        # Our optimizer is torch's own AdamW; DeepSpeed would otherwise insist on one of its list.
+        # Our optimizer is AdamW or LAMB of our choice; DeepSpeed would else insist on its list.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

@@ -26,8 +26,10 @@ from elip_ds.data import Batch, HeldOut, TrainLoader
 from elip_ds.engine import checkpoint as files
 from elip_ds.engine.compile import check_compile, compile_blocks
 from elip_ds.engine.ds_config import fill_ds_config
+from elip_ds.engine.fused import Place, choose_kernels, swap_layer_norms
+from elip_ds.engine.lamb import Lamb, bind_lamb, check_lamb
 from elip_ds.engine.optim import build_optimizer
-from elip_ds.engine.schedule import learning_rate
+from elip_ds.engine.schedule import learning_rate, scale_lr
 from elip_ds.engine.sharding import gather_whole, local_tensor, refresh, shard_of
 from elip_ds.engine.weights import read_tensors
 from elip_ds.errors import UserError
@@ -73,13 +75,20 @@ class Engine:
             ds_tree, engine=config.engine, optim=config.optim, plan=plan, device=run.device
         )
         check_compile(config.engine.compile, self.stage)
-        target = self.ds_config["zero_optimization"].get("offload_optimizer") or {}
-        offload = target.get("device", "none") != "none"
+        if config.optim.name == "lamb":
+            check_lamb(self.ds_config)
+        self._optim = scale_lr(config.optim, plan.global_batch_size)
+        if config.optim.lr_rule != "none":
+            log.info(
+                "peak learning rate %.4g: optim.lr=%g by the %s rule, batch %d over %d",
+                *(self._optim.lr, config.optim.lr, config.optim.lr_rule),
+                *(plan.global_batch_size, config.optim.base_batch_size),
+            )
         if not list_checkpoints(self.folder):
             paths = [Path(path) for path in config.model.init_from]
             # Before DeepSpeed shards and rounds them.
             start_from(task, config.model, paths, run.dir / TOKENIZER)
-        optimizer = build_optimizer(task, config.optim, offload=offload, device=run.device)
+        optimizer = self._build_optimizer()
         if run.device.type == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce for over a minute; gloo has one.
             deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
@@ -89,12 +98,34 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=task, optimizer=optimizer, config=self.ds_config
         )
+        if isinstance(optimizer, Lamb):
+            bind_lamb(optimizer, self._engine.optimizer)
         self._files = files.CarefulFiles()
         self._engine.checkpoint_engine = self._files
         if task.teacher is not None:
             task.teacher.masters(local_tensor)  # in fp32 from before the first rounding step on
         # Weights were drawn from one seed; dropout from here on differs by rank.
         torch.manual_seed(run.seed + 1000 * (run.rank + 1))
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        target = self.ds_config["zero_optimization"].get("offload_optimizer") or {}
+        place = Place(
+            self.run.device,
+            stage=self.stage,
+            precision=self.precision,
+            offload=target.get("device", "none") != "none",
+            weight_decay=self._optim.weight_decay,
+        )
+        name = self._optim.name
+        kernels = choose_kernels(self.config.engine.fused, place, optimizer=name)
+        if kernels.layer_norm == "apex":
+            from apex.normalization import FusedLayerNorm
+
+            swap_layer_norms(self.task, FusedLayerNorm)
+        self._optimizer_kind = f"{name} ({kernels.optimizer})"
+        return build_optimizer(
+            self.task, self._optim, kernel=kernels.optimizer, offload=place.offload
+        )
 
     @property
     def stage(self) -> int:
@@ -112,7 +143,7 @@ class Engine:
         """Accumulate micro-batches, reduce, update: one optimizer step."""
         progress = Progress(self.step, self.samples_seen, loader.samples_per_epoch)
         lr = learning_rate(
-            self.samples_seen, self.config.optim, self.config.schedule, loader.samples_per_epoch
+            self.samples_seen, self._optim, self.config.schedule, loader.samples_per_epoch
         )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -264,6 +295,7 @@ class Engine:
             "world_size": self.run.world_size,
             "zero_stage": self.stage,
             "precision": self.precision,
+            "optimizer": self._optimizer_kind,
             "data": loader.state(),
             "state_digests": digests,
             "versions": {
@@ -312,6 +344,12 @@ class Engine:
                     f"{path} was saved with {key}={meta[key]}, this start has {mine}; restart with "
                     f"the same, or start a new run with model.init_from={path}"
                 )
+        if meta["optimizer"] != self._optimizer_kind:  # each has states of its own form
+            raise UserError(
+                f"{path} was saved by the optimizer {meta['optimizer']}, this start has "
+                f"{self._optimizer_kind}; set optim.name and engine.fused as they were, or start a "
+                f"new run with model.init_from={path}"
+            )
         loader.check_state(meta["data"])
         done, _ = self._engine.load_checkpoint(
             str(path.parent), tag=path.name, load_module_strict=False

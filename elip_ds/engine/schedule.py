@@ -1,15 +1,32 @@
 """Learning rate as a function of samples seen, so that the batch size does not bend it."""
 
+import dataclasses
 import math
 
 from elip_ds.config import duration_in_samples
 from elip_ds.config.schema import OptimConfig, ScheduleConfig
 
 
+def scale_lr(optim: OptimConfig, global_batch_size: int) -> OptimConfig:
+    """optim with its rule applied: lr times (global batch / base) or the square root of that.
+
+    linear: Goyal et al., arXiv:1706.02677.  sqrt: for LAMB, You et al., arXiv:1904.00962. Only the
+    peak moves: schedule.warmup_lr and schedule.min_lr stay as they are given.
+    """
+    if optim.lr_rule == "none":
+        return optim
+    assert optim.base_batch_size is not None
+    factor = global_batch_size / optim.base_batch_size
+    if optim.lr_rule == "sqrt":
+        factor = math.sqrt(factor)
+    # Without the rule, so that nobody applies it twice.
+    return dataclasses.replace(optim, lr=optim.lr * factor, lr_rule="none", base_batch_size=None)
+
+
 def learning_rate(
     samples_seen: int, optim: OptimConfig, schedule: ScheduleConfig, samples_per_epoch: int
 ) -> float:
-    """Linear warm-up from warmup_lr to lr, then down to min_lr.
+    """Linear warm-up from warmup_lr to lr, then down to min_lr.  optim: as scale_lr gives it.
 
     cosine (ALBEF, CLIP) and linear (METER) reach it at the end; exponential (BLIP) multiplies by
     decay at every whole epoch and stays above it.

@@ -1,13 +1,16 @@
 """Which parameter decays and how fast it learns."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from conftest import tiny_task
 
 from elip_ds.config.schema import OptimConfig
+from elip_ds.engine.lamb import Lamb
 from elip_ds.engine.optim import build_optimizer, parameter_groups
+from elip_ds.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -98,19 +101,48 @@ def test_the_frozen_teacher_is_left_out(task):
 
 def test_the_optimizer_is_adamw_with_the_configured_numbers(task):
     config = OptimConfig(lr=3e-4, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.1)
-    optimizer = build_optimizer(task, config, offload=False, device=torch.device("cpu"))
+    optimizer = build_optimizer(task, config)
     assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.9), 1e-6)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
 
 
-def test_offload_on_a_cpu_is_the_same_optimizer(task):
-    kinds = {
-        type(build_optimizer(task, OptimConfig(), offload=offload, device=torch.device("cpu")))
-        for offload in (False, True)
-    }
+def test_torchs_kernel_is_the_same_optimizer_with_offload(task):
+    kinds = {type(build_optimizer(task, OptimConfig(), offload=on)) for on in (False, True)}
     assert kinds == {torch.optim.AdamW}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lamb_adapts_what_decays_also_where_the_decay_is_zero(task, weight_decay):
+    config = OptimConfig(name="lamb", lr=3e-4, betas=[0.8, 0.9], weight_decay=weight_decay)
+    optimizer = build_optimizer(task, config)
+    assert isinstance(optimizer, Lamb)
+    expected = {
+        id(p)
+        for g in parameter_groups(task, OptimConfig())
+        if g["weight_decay"]
+        for p in g["params"]
+    }
+    adaptive = {id(p) for g in optimizer.param_groups if g["adaptive"] for p in g["params"]}
+    assert adaptive == expected
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"]) == (3e-4, (0.8, 0.9))
+        assert group["weight_decay"] == (weight_decay if group["adaptive"] else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"name": "sgd"}, "optim.name='sgd': choose adamw or lamb"),
+        ({"lr_rule": "cubic"}, "optim.lr_rule='cubic': choose none, linear or sqrt"),
+        ({"lr_rule": "sqrt"}, "optim.lr_rule=sqrt with optim.base_batch_size=null"),
+        ({"lr_rule": "sqrt", "base_batch_size": 0}, "optim.base_batch_size=0: 1 or more"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        OptimConfig(**settings)
 
 
 def test_decay_off_leaves_no_group_with_decay(task):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from elip_ds.config.schema import OptimConfig, ScheduleConfig
 from elip_ds.engine import due
-from elip_ds.engine.schedule import learning_rate
+from elip_ds.engine.schedule import learning_rate, scale_lr
 
 OPTIM = OptimConfig(lr=1e-3)
 SCHEDULE = ScheduleConfig(length="1000 samples", warmup="200 samples", warmup_lr=1e-5, min_lr=1e-4)
@@ -92,6 +92,27 @@ def test_it_rises_in_the_warm_up_and_falls_after(samples_seen):
     rises = samples_seen < 200
     assert (lr_at(samples_seen) < lr_at(samples_seen + 1)) == rises
     assert 1e-5 <= lr_at(samples_seen) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rule", "batch_size", "peak"),
+    [
+        ("none", 4096, 1e-3),
+        ("linear", 256, 1e-3),
+        ("linear", 4096, 16e-3),
+        ("linear", 64, 0.25e-3),
+        ("sqrt", 256, 1e-3),
+        ("sqrt", 4096, 4e-3),
+        ("sqrt", 64, 0.5e-3),
+    ],
+)
+def test_the_peak_follows_the_batch_and_the_ends_do_not(rule, batch_size, peak):
+    base = None if rule == "none" else 256
+    optim = scale_lr(replace(OPTIM, lr_rule=rule, base_batch_size=base), batch_size)
+    rates = [learning_rate(seen, optim, SCHEDULE, 100) for seen in range(1001)]
+    assert max(rates) == rates[200] == pytest.approx(peak, rel=1e-12)
+    assert rates[0] == SCHEDULE.warmup_lr and rates[1000] == pytest.approx(SCHEDULE.min_lr)
+    assert scale_lr(optim, batch_size) == optim  # nobody applies it twice
 
 
 @given(every=st.integers(1, 50), steps=st.lists(st.integers(1, 120), max_size=60))
