@@ -34,16 +34,17 @@ def check_compile(wanted: bool, stage: int) -> None:
         )
 
 
-def compile_blocks(task: nn.Module) -> int:
+def compile_blocks(task: nn.Module, backend: str = "inductor") -> int:
     """Have every block of the task compiled at its first call, for static shapes and in one piece.
 
-    Returns how many there are. A block that cannot be one graph is an error, not a slow path.
+    backend: of torch.compile.  Returns how many blocks there are. A block that cannot be one graph
+    is an error, not a slow path.
     """
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     blocks: list[Any] = [module for module in task.modules() if isinstance(module, BLOCKS)]
     for block in blocks:
         # Of the forward and not of the call, so that hooks stay outside of the graph.
-        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=False, fullgraph=True)
     log.info("compiling %d blocks; the first step of each shape takes minutes", len(blocks))
     return len(blocks)

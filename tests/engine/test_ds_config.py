@@ -190,3 +190,10 @@ def test_a_section_of_the_wrong_form_is_named_and_not_passed_over(tmp_path, text
     path.write_text(text)
     with pytest.raises(UserError, match=says):
         read_ds_config(str(path))
+
+
+def test_a_switch_that_would_spoil_checkpoints_is_refused(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}}')
+    with pytest.raises(UserError, match="round_robin_gradients=true"):
+        read_ds_config(str(path))
