@@ -21,8 +21,11 @@ def test_every_stage_and_recomputing_give_the_same_losses_and_weights(start, mod
     plain = start(f"{model}-z0", *FEW, json="z0", model=model).finish()
     losses, reference = plain.losses(), load_file(plain.newest() / "weights.safetensors")
     assert len(losses) == 6
-    again = [f"model.{part}.recompute=true" for part in RECOMPUTE[model]]
-    for name, words in (("z1", []), ("z2", again), ("z3", again)):
+    cheap, full = (
+        [f"model.{part}.recompute={mode}" for part in RECOMPUTE[model]]
+        for mode in ("cheap", "full")
+    )
+    for name, words in (("z1", []), ("z2", cheap), ("z3", full)):
         job = start(f"{model}-{name}", *FEW, *words, json=name, model=model).finish()
         found = job.losses()
         assert found.keys() == losses.keys()

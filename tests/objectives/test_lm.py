@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import random_batch
 
 from elip_ds.errors import UserError
-from elip_ds.objectives import Pass, Progress, Setup, StepContext
+from elip_ds.objectives import Pass, Progress, Setup, StepContext, words
 from elip_ds.objectives.lm import LM, LMConfig
 
 VOCABULARY = 64
@@ -83,11 +83,16 @@ def test_only_states_that_have_a_word_to_guess_count(batch, logits):
     assert torch.equal(counted[:, :-1], guesses) and not counted[:, -1].any()
 
 
-def test_logits_are_made_for_words_only(batch, logits):
+def test_logits_are_made_for_every_token_but_the_last_in_pieces_of_a_size(
+    batch, logits, monkeypatch
+):
+    """Whatever the captions' lengths: how many words there are is not asked of the device."""
+    monkeypatch.setattr(words, "LOGITS_AT_ONCE", 20 * VOCABULARY)
     context, seen = context_of(batch, logits), []
-    context.model().word_logits = lambda hidden: (seen.append(hidden.shape), hidden)[1]
+    context.model().word_logits = lambda hidden: (seen.append(hidden), hidden)[1]
     build_lm()(context)
-    assert seen == [(batch.attention_mask[:, 1:].sum(), VOCABULARY)]
+    assert [len(x) for x in seen] == [20, 20, 20, 20, 8]
+    assert torch.equal(torch.cat(seen), logits[:, :-1].flatten(0, 1))
 
 
 def test_padding_is_what_the_vocabulary_says_it_is(batch, logits):

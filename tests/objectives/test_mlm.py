@@ -32,12 +32,13 @@ def build_mlm(**config):
 
 def context_of(batch, student, teacher, epoch=1.0):
     """A context whose fused states are already word logits: student, teacher (B, L, V)."""
-    model = SimpleNamespace(word_logits=lambda hidden: hidden)
+    model = SimpleNamespace(
+        word_logits=lambda hidden: hidden, fuse=lambda text, image: Fused(student, student[:, 0])
+    )
     progress = Progress(step=1, samples_seen=round(epoch * 1000), samples_per_epoch=1000)
     context = StepContext(batch, {"student": model, "teacher": model}, progress)
-    fused = {who: Fused(x, x) for who, x in (("student", student), ("teacher", teacher))}
-    context.passes[Pass("fusion", "student", "masked")] = fused["student"]
-    context.passes[Pass("fusion", "teacher", "masked", guide=None)] = fused["teacher"]
+    context.passes[Pass("text", text="masked")] = context.passes[Pass("seen")] = None
+    context.passes[Pass("fusion", "teacher", "masked", guide=None)] = Fused(teacher, teacher[:, 0])
     return context
 
 
@@ -195,7 +196,7 @@ def test_no_word_that_was_masked_moves_the_loss_through_a_masked_guide(batch):
             context = StepContext(batch, {"student": task.model}, Progress(1, 0, 1))
             context.texts["clean"] = other, batch.attention_mask
             task.objectives["mlm"](context)
-            yield context.passes[Pass("fusion", text="masked", guide=guide)].text
+            yield context.fused(task.objectives["mlm"]).text
 
     noise = StepContext(batch, {}, Progress(1, 0, 1)).noise("mlm", 36)
     masked, _ = mask(batch.input_ids, noise)

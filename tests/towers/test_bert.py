@@ -41,7 +41,7 @@ def test_what_stands_in_the_padding_changes_no_real_token(bert, inputs):
     garbage = torch.where(real, ids, 37)
     states, same = bert.encode(ids, mask), bert.encode(garbage, mask)
     assert torch.equal(states[real], same[real])
-    fused, same_fused = bert.fuse(states, mask, image), bert.fuse(same, mask, image)
+    fused, same_fused = (bert.fuse(x, mask, image)[0] for x in (states, same))
     assert torch.equal(fused[real], same_fused[real])
 
 
@@ -50,8 +50,8 @@ def test_padding_to_a_greater_length_changes_no_real_token(bert, inputs):
     states = bert.encode(ids[2:, :2], mask[2:, :2])
     padded = bert.encode(ids[2:], mask[2:])
     torch.testing.assert_close(padded[:, :2], states, atol=1e-5, rtol=0)
-    fused = bert.fuse(states, mask[2:, :2], image[2:])
-    padded_fused = bert.fuse(padded, mask[2:], image[2:])
+    fused, _ = bert.fuse(states, mask[2:, :2], image[2:])
+    padded_fused, _ = bert.fuse(padded, mask[2:], image[2:])
     torch.testing.assert_close(padded_fused[:, :2], fused, atol=1e-5, rtol=0)
 
 
@@ -78,13 +78,13 @@ def test_the_text_half_has_nothing_to_see_images_with(bert, inputs):
 def test_the_fusion_half_sees_all_image_tokens_in_any_order(bert, inputs):
     ids, mask, image = inputs
     states = bert.encode(ids, mask)
-    fused = bert.fuse(states, mask, image)
-    turned = bert.fuse(states, mask, image.flip(1))
+    fused, _ = bert.fuse(states, mask, image)
+    turned, _ = bert.fuse(states, mask, image.flip(1))
     torch.testing.assert_close(turned, fused, atol=1e-5, rtol=0)
     for m in range(7):
         changed = image.clone()
         changed[0, m] += 1.0
-        other = bert.fuse(states, mask, changed)
+        other, _ = bert.fuse(states, mask, changed)
         assert not torch.equal(other[0], fused[0]), m
         torch.testing.assert_close(other[1:], fused[1:])
 
@@ -106,30 +106,32 @@ def test_the_decoder_is_the_word_embedding(bert):
     assert not bert.embeddings.word(torch.tensor([7])).any()
 
 
-def test_recomputing_gives_the_same_states_and_gradients_bit_for_bit(bert, inputs):
+@pytest.mark.parametrize(("mode", "calls"), [("cheap", 1), ("full", 2)])
+def test_recomputing_gives_the_same_states_and_gradients_bit_for_bit(bert, inputs, mode, calls):
     ids, mask, image = inputs
     recomputing = copy.deepcopy(bert)
-    recomputing.config = dataclasses.replace(CONFIG, recompute=True)
-    calls = []
-    recomputing.layers[3].register_forward_pre_hook(lambda *_: calls.append(1))
+    recomputing.config = dataclasses.replace(CONFIG, recompute=mode)
+    called = []
+    recomputing.layers[3].register_forward_pre_hook(lambda *_: called.append(1))
     results = []
     for tower in (bert, recomputing):
         seen = image.clone().requires_grad_()
-        fused = tower.fuse(tower.encode(ids, mask), mask, seen)
+        fused, _ = tower.fuse(tower.encode(ids, mask), mask, seen)
         tower.decode(fused).square().sum().backward()
         results.append((fused, seen.grad, *(p.grad for p in tower.parameters())))
-    assert len(calls) == 2
+    assert len(called) == calls
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
-def test_recomputing_draws_the_same_dropout_again(inputs):
+@pytest.mark.parametrize("mode", ["cheap", "full"])
+def test_recomputing_draws_the_same_dropout_again(inputs, mode):
     ids, mask, image = inputs
     grads = []
-    for recompute in (False, True):
+    for recompute in ("none", mode):
         torch.manual_seed(0)
         tower = BERT(dataclasses.replace(CONFIG, dropout=0.3, recompute=recompute), IMAGE_WIDTH)
-        tower.fuse(tower.encode(ids, mask), mask, image).square().sum().backward()
+        tower.fuse(tower.encode(ids, mask), mask, image)[0].square().sum().backward()
         grads.append([p.grad for p in tower.parameters() if p.grad is not None])
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
@@ -141,7 +143,7 @@ def test_dropout_acts_in_training_only(inputs):
     tower = BERT(dataclasses.replace(CONFIG, dropout=0.3), IMAGE_WIDTH)
 
     def twice():
-        return [tower.fuse(tower.encode(ids, mask), mask, image) for _ in range(2)]
+        return [tower.fuse(tower.encode(ids, mask), mask, image)[0] for _ in range(2)]
 
     assert not torch.equal(*twice())
     tower.eval()
@@ -171,6 +173,7 @@ def test_initial_weights_of_the_published_width_are_small_and_biases_zero():
         ({"width": 100}, "model.text.width=100 does not divide into heads=12"),
         ({"fusion_layer": 0}, "fusion_layer=0 must lie between 0 and depth=12"),
         ({"fusion_layer": 12}, "fusion_layer=12 must lie between 0 and depth=12"),
+        ({"recompute": "some"}, "model.text.recompute='some': choose none, cheap, full"),
     ],
 )
 def test_a_tower_that_does_not_add_up_is_refused(fields, message):

@@ -79,10 +79,11 @@ def test_what_follows_the_end_mark_changes_nothing():
     torch.testing.assert_close(tower(ids)[1], tower(ids[:, :7])[1], atol=1e-6, rtol=0)
 
 
-def test_activation_checkpointing_changes_no_bit():
+@pytest.mark.parametrize("mode", ["cheap", "full"])
+def test_recomputing_changes_no_bit(mode):
     ids = make_ids(4, 10)
     grads = []
-    for recompute in (False, True):
+    for recompute in ("none", mode):
         tower = make_text(recompute=recompute)
         tower(ids)[1].square().sum().backward()
         grads.append([parameter.grad for parameter in tower.parameters()])
@@ -111,6 +112,7 @@ def test_it_starts_as_open_clip_does():
     ("change", "message"),
     [
         ({"heads": 5}, r"model\.text\.width=32 does not divide into heads=5"),
+        ({"recompute": "yes"}, r"model\.text\.recompute='yes': choose none, cheap, full"),
         ({"activation": "relu"}, r"model\.text\.activation='relu': choose gelu or quick_gelu"),
     ],
 )

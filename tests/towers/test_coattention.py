@@ -90,8 +90,8 @@ def slow_coattend(text_layers, image_layers, text, image, mask, heads):
     return results
 
 
-def run(streams, inputs, recompute=False):
-    return coattend(*streams, *inputs, recompute=recompute)
+def run(streams, inputs, recompute="none"):
+    return coattend(*streams, *inputs, recompute=recompute, training=streams[0].training)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,10 @@ def test_a_layer_reads_what_the_layer_before_gave_in_the_other_stream():
     read, gave = {}, {}
 
     def watch(layer, *at):
-        def note(_, inputs, output):
-            read[at], gave[at] = inputs[2], output
-
-        layer.register_forward_hook(note)
+        layer.register_forward_hook(lambda _, inputs, output: gave.update({at: output}))
+        layer.cross.key_value.register_forward_hook(
+            lambda _, inputs, output: read.update({at: inputs[0]})
+        )
 
     for name, layers in zip(("text", "image"), streams, strict=True):
         for number, layer in enumerate(layers):
@@ -159,10 +159,12 @@ def test_neither_stream_sees_what_stands_in_the_padding():
     assert torch.equal(words[mask.bool()], other_words[mask.bool()])
 
 
-def test_recomputing_gives_the_same_streams_and_gradients_bit_for_bit():
-    config = dataclasses.replace(TINY, dropout=0.2)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("mode", ["cheap", "full"])
+def test_recomputing_gives_the_same_streams_and_gradients_bit_for_bit(mode, dropout):
+    config = dataclasses.replace(TINY, dropout=dropout)
     results = []
-    for recompute in (False, True):
+    for recompute in ("none", mode):
         streams, (text, image, mask) = make_streams(config), make_inputs()
         calls = []
         streams[1][0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
@@ -172,7 +174,7 @@ def test_recomputing_gives_the_same_streams_and_gradients_bit_for_bit():
         (words.square().sum() + patches.square().sum()).backward()
         grads = (p.grad for layers in streams for p in layers.parameters())
         results.append((words, patches, text.grad, *grads))
-        assert len(calls) == 1 + recompute
+        assert len(calls) == 1 + (recompute == "full")
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -188,10 +190,16 @@ def test_initial_weights_of_the_published_width_are_normal_and_small():
             assert part.eps == 1e-12 and (part.weight == 1).all(), name
 
 
-def test_a_width_that_does_not_divide_into_heads_is_refused():
-    message = r"model\.fusion\.width=100 does not divide into heads=12"
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 100}, r"model\.fusion\.width=100 does not divide into heads=12"),
+        ({"recompute": "all"}, r"model\.fusion\.recompute='all': choose none, cheap, full"),
+    ],
+)
+def test_a_fusion_that_does_not_add_up_is_refused(fields, message):
     with pytest.raises(UserError, match=message):
-        CoAttentionConfig(width=100)
+        CoAttentionConfig(**fields)
 
 
 def test_dropout_of_the_config_acts_in_training_only():

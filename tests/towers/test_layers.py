@@ -15,7 +15,6 @@ from elip_ds.towers.layers import (
     SelfAttention,
     init_linear_and_norm,
     merge_heads,
-    recomputed,
     split_heads,
 )
 
@@ -57,7 +56,7 @@ def mask():
 def test_self_attention_equals_the_written_out_one(x, mask, masked):
     attn = uneven(SelfAttention(WIDTH, HEADS))
     seen = mask if masked else None
-    out, _ = eager_attention(*attn.qkv(x).chunk(3, dim=-1), seen)
+    out, _ = eager_attention(*attn.qkv(x), seen)
     visible = mask[:, None, None, :] if masked else None
     torch.testing.assert_close(attn(x, visible), attn.proj(out), atol=1e-5, rtol=1e-5)
 
@@ -71,7 +70,7 @@ def test_a_masked_token_gets_no_attention_and_no_gradient(x, mask):
 
 def test_class_attention_is_row_zero_of_the_head_mean(x):
     attn = uneven(SelfAttention(WIDTH, HEADS, dropout=0.5))
-    _, weights = eager_attention(*attn.qkv(x).chunk(3, dim=-1))
+    _, weights = eager_attention(*attn.qkv(x))
     row = attn.class_attention(x)
     assert row.shape == (3, 9)
     torch.testing.assert_close(row, weights.mean(dim=1)[:, 0], atol=1e-6, rtol=0)
@@ -96,10 +95,17 @@ def test_class_attention_of_a_block_looks_behind_its_first_norm(x):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_class_row_of_fused_qkv_is_a_part_of_the_whole(x, bias):
     qkv = uneven(FusedQKV(WIDTH, bias=bias))
-    q, k, _ = qkv(x).chunk(3, dim=-1)
-    query, key = qkv(x, class_row=True)
-    torch.testing.assert_close(query, q[:, :1])
-    torch.testing.assert_close(key, k)
+    whole = F.linear(x, qkv.weight, qkv.bias).chunk(3, dim=-1)
+    for part, mine in zip(whole, qkv(x), strict=True):
+        assert torch.equal(mine, part)
+    q, k, v = whole
+    for asked, wanted in (
+        (qkv(x, asks="class"), (q[:, :1], k, v)),
+        (qkv(x, asks="class", values=False), (q[:, :1], k)),
+    ):
+        assert len(asked) == len(wanted)
+        for mine, part in zip(asked, wanted, strict=True):
+            torch.testing.assert_close(mine, part)
 
 
 def test_cross_attention_equals_the_written_out_one(x):
@@ -107,7 +113,8 @@ def test_cross_attention_equals_the_written_out_one(x):
     context = torch.randn(3, 6, 20)
     k, v = cross.key_value(context).chunk(2, dim=-1)
     out, _ = eager_attention(cross.query(x), k, v)
-    torch.testing.assert_close(cross(x, context), cross.proj(out), atol=1e-5, rtol=1e-5)
+    read = cross(x, cross.key_value(context))
+    torch.testing.assert_close(read, cross.proj(out), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
@@ -115,7 +122,8 @@ def test_attention_dropout_acts_in_training_only(x, kind):
     if kind == "self":
         attn, arguments = uneven(SelfAttention(WIDTH, HEADS, dropout=0.5)), (x,)
     else:
-        attn, arguments = uneven(CrossAttention(WIDTH, WIDTH, HEADS, dropout=0.5)), (x, x)
+        attn = uneven(CrossAttention(WIDTH, WIDTH, HEADS, dropout=0.5))
+        arguments = (x, attn.key_value(x))
     assert not torch.equal(attn(*arguments), attn(*arguments))
     attn.eval()
     assert torch.equal(attn(*arguments), attn(*arguments))
@@ -157,19 +165,3 @@ def test_init_draws_weights_and_clears_biases(truncated):
         assert part.weight.mean().item() == pytest.approx(0.0, abs=1e-3)
         assert not part.bias.any()
     assert (norm.weight == 1).all() and not norm.bias.any()
-
-
-def test_recomputed_stores_only_the_inputs_of_a_block(x):
-    block = uneven(PreNormBlock(WIDTH, HEADS, 256, eps=1e-6))
-
-    def saved_bytes(run):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: sizes.append(t.numel() * t.element_size()) or t, lambda t: t
-        ):
-            run(block, x.requires_grad_())
-        return sum(sizes)
-
-    whole = saved_bytes(lambda block, x: block(x))
-    assert saved_bytes(recomputed) < whole / 10
-    assert torch.equal(recomputed(block, x), block(x))

@@ -156,18 +156,20 @@ def test_a_word_that_became_padding_does_not_shift_those_behind_it():
 
 
 @tiny_variants
-def test_recomputing_gives_the_same_states_and_gradients_bit_for_bit(name):
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("mode", ["cheap", "full"])
+def test_recomputing_gives_the_same_states_and_gradients_bit_for_bit(name, mode, dropout):
     ids, mask = make_inputs(60, 10)
     results = []
-    for recompute in (False, True):
-        tower = make_tower(name, dropout=0.2, recompute=recompute).train()
+    for recompute in ("none", mode):
+        tower = make_tower(name, dropout=dropout, recompute=recompute).train()
         calls = []
         tower.layers[1].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(3)
         states = tower(ids, mask)
         states.square().sum().backward()
         results.append((states, *(p.grad for p in tower.parameters())))
-        assert len(calls) == 1 + recompute
+        assert len(calls) == 1 + (recompute == "full")
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -196,6 +198,7 @@ def test_initial_weights_are_small_and_normal_biases_zero_and_norms_one():
     ("fields", "message"),
     [
         ({"width": 100}, r"model\.text\.width=100 does not divide into heads=12"),
+        ({"recompute": "no"}, r"model\.text\.recompute='no': choose none, cheap, full"),
         ({"variant": "deberta"}, r"model\.text\.variant='deberta': choose roberta or bert"),
     ],
 )

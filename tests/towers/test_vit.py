@@ -63,19 +63,22 @@ def test_a_patch_token_starts_from_its_own_pixels(vit, inputs):
     assert differs.nonzero().flatten().tolist() == [1 + 4 * 1 + 2]
 
 
-def test_recomputing_gives_the_same_kept_sets_outputs_and_gradients_bit_for_bit(vit, inputs):
+@pytest.mark.parametrize(("mode", "calls"), [("cheap", 1), ("full", 2)])
+def test_recomputing_gives_the_same_kept_sets_outputs_and_gradients_bit_for_bit(
+    vit, inputs, mode, calls
+):
     images, text_class = inputs
     recomputing = copy.deepcopy(vit)
-    recomputing.config = dataclasses.replace(CONFIG, recompute=True)
-    calls = []
-    recomputing.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    recomputing.config = dataclasses.replace(CONFIG, recompute=mode)
+    called = []
+    recomputing.blocks[0].register_forward_pre_hook(lambda *_: called.append(1))
     results = []
     for tower in (vit, recomputing):
         tokens, index = tower(images, text_class)
         tokens.square().mul(torch.arange(32)).sum().backward()
         results.append((tokens, index, [p.grad for p in tower.parameters()]))
     (tokens, index, grads), (same_tokens, same_index, same_grads) = results
-    assert len(calls) == 2  # once forward, once more backward
+    assert len(called) == calls  # once forward, with full once more backward
     assert torch.equal(tokens, same_tokens)
     assert torch.equal(index.origin, same_index.origin)
     assert torch.equal(index.share, same_index.share)
@@ -84,11 +87,17 @@ def test_recomputing_gives_the_same_kept_sets_outputs_and_gradients_bit_for_bit(
 
 
 @pytest.mark.parametrize("mode", ["eval", "no_grad"])
-def test_nothing_is_recomputed_without_a_backward_pass_to_come(vit, inputs, mode, monkeypatch):
-    monkeypatch.setattr("elip_ds.towers.vit.recomputed", lambda *_: pytest.fail("recomputed"))
-    vit.config = dataclasses.replace(CONFIG, recompute=True)
+@pytest.mark.parametrize("recompute", ["cheap", "full"])
+def test_nothing_is_recomputed_without_a_backward_pass_to_come(vit, inputs, mode, recompute):
+    vit.config = dataclasses.replace(CONFIG, recompute=recompute)
+    calls = []
+    vit.blocks[0].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
+    vit.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
     with torch.set_grad_enabled(mode != "no_grad"):
-        vit.train(mode != "eval")(*inputs)
+        tokens, _ = vit.train(mode != "eval")(*inputs)
+    if mode == "eval":
+        tokens.square().sum().backward()  # which finds all that it needs
+    assert len(calls) == 2
 
 
 def test_eval_and_train_mode_agree(vit, inputs):
