@@ -57,7 +57,11 @@ class _Keeper:
 
     def pack(self, x: Tensor) -> Tensor | Recipe:
         made = self.made.get(StorageWeakRef(x.untyped_storage()))
-        return x if made is None else Recipe(*made, x.size(), x.stride(), x.storage_offset())
+        if made is not None:
+            return Recipe(*made, x.size(), x.stride(), x.storage_offset())
+        # An operation may save its own result: with its history, that would be a circle, and a
+        # graph that no backward pass goes through would never be freed.
+        return x if x.is_leaf else x.detach()
 
     def unpack(self, kept: Tensor | Recipe) -> Tensor:
         return kept.follow() if isinstance(kept, Recipe) else kept
@@ -84,6 +88,8 @@ def keeping(mode: str, training: bool) -> Iterator[Run]:
                 yield _plainly
         finally:
             _open.remove(keeper)
+            # The hooks live as long as the graph, and what is held here would too.
+            keeper.made.clear()
 
 
 def again(function: Callable[..., Tensor], *inputs: Any, copies: bool = False) -> Tensor:
