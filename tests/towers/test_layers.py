@@ -5,18 +5,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from storages import Storages
 
 from elip_ds.towers.bert import WordEmbedding
 from elip_ds.towers.layers import (
     MLP,
     CrossAttention,
+    Dropout,
     FusedQKV,
     PreNormBlock,
+    Readers,
     SelfAttention,
     init_linear_and_norm,
     merge_heads,
     split_heads,
 )
+from elip_ds.towers.recompute import keeping
 
 HEADS, WIDTH = 4, 32
 
@@ -165,3 +169,107 @@ def test_init_draws_weights_and_clears_biases(truncated):
         assert part.weight.mean().item() == pytest.approx(0.0, abs=1e-3)
         assert not part.bias.any()
     assert (norm.weight == 1).all() and not norm.bias.any()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_and_scales_what_stays_and_its_gradient(p):
+    torch.manual_seed(0)
+    x = torch.ones(200, 300).requires_grad_()
+    out = Dropout(p)(x)
+    zero = out == 0
+    assert abs(zero.float().mean().item() - p) < 5 * math.sqrt(p * (1 - p) / x.numel())
+    torch.testing.assert_close(out, torch.where(zero, 0.0, 1 / (1 - p)))
+    out.sum().backward()
+    assert torch.equal(x.grad, out)
+    assert not torch.equal(Dropout(p)(x), out)
+
+
+def test_dropout_passes_on_what_it_gets_where_there_is_nothing_to_drop(x):
+    assert Dropout(0.0)(x) is x and Dropout(0.5).eval()(x) is x
+    assert not Dropout(1.0)(x).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_one_byte_an_element(x, dtype):
+    x = x.to(dtype).requires_grad_()
+    with Storages() as storages:
+        out = Dropout(0.3)(x)
+        loss = out.sum()
+        del out
+    kept = [(m.shape, m.dtype) for m in storages.alive() if m.shape != ()]
+    assert kept == [(tuple(x.shape), torch.bool)]
+    loss.backward()
+
+
+# ---- several texts that read one image
+
+
+def make_cross(dropout=0.0):
+    """CrossAttention, keys and values of 3 contexts, a mask that shows 6, 4 and 1 of their rows."""
+    cross = uneven(CrossAttention(WIDTH, 20, HEADS, dropout))
+    context = torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(6) < torch.tensor([[6], [4], [1]]))[:, None, None, :]
+    return cross, context, mask
+
+
+READERS = {
+    f"{own} of each{', others ' + str(others) if others else ''}": (own, others)
+    for own in (0, 1, 2, 3)
+    for others in (None, [1], [2, 0, 2, 2, 1])
+    if own or others
+}
+
+
+@pytest.mark.parametrize(("own", "others"), READERS.values(), ids=READERS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_readers_of_a_context_read_it_as_one_pair_at_a_time_would(own, others, masked):
+    cross, context, mask = make_cross()
+    rows = [i for i in range(3) for _ in range(own)] + (others or [])
+    draw = torch.Generator().manual_seed(3)
+    x, pull = (torch.randn(len(rows), 5, WIDTH, generator=draw) for _ in range(2))
+
+    def results(together):
+        seen, asking = context.clone().requires_grad_(), x.clone().requires_grad_()
+        keys_values = cross.key_value(seen)
+        if together:
+            readers = Readers(own, None if others is None else torch.tensor(others))
+            out = cross(asking, keys_values, mask if masked else None, readers)
+        else:
+            pairs = [
+                (asking[r : r + 1], keys_values[i : i + 1], mask[i : i + 1] if masked else None)
+                for r, i in enumerate(rows)
+            ]
+            out = torch.cat([cross(*pair) for pair in pairs])
+        grads = torch.autograd.grad((out * pull).sum(), [asking, seen, *cross.parameters()])
+        return [out, *grads]
+
+    for mine, theirs in zip(results(True), results(False), strict=True):
+        assert mine.shape == theirs.shape and theirs.any()
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_without_readers_row_i_reads_context_i(x):
+    cross, context, mask = make_cross()
+    keys_values = cross.key_value(context)
+    plain = cross(x, keys_values, mask)
+    assert torch.equal(plain, cross(x, keys_values, mask, Readers()))
+    turned = cross(x, keys_values, mask, Readers(0, torch.tensor([2, 1, 0])))
+    torch.testing.assert_close(turned[1], plain[1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(turned[0], plain[0]) and not torch.allclose(turned[2], plain[2])
+
+
+def test_rows_that_share_a_context_copy_neither_its_keys_nor_its_values():
+    cross, context, _ = make_cross()
+    x = torch.randn(9, 5, WIDTH)
+    with Storages() as storages, keeping("none", True):
+        keys_values = cross.key_value(context)
+        loss = cross(x, keys_values, None, Readers(3)).sum()
+    copies = [m for m in storages.all() if m.shape[-1:] == (2 * WIDTH,) and m.nbytes]
+    assert len(copies) == 1
+    with Storages() as storages, keeping("none", True):
+        keys_values = cross.key_value(context)
+        loss = cross(x, keys_values, None, Readers(0, torch.arange(9) % 3)).sum()
+    # Rows of a context that are copied for one reader each do not outlive the forward.
+    assert any("index_select" in m.operation for m in storages.all())
+    assert not any("index_select" in m.operation for m in storages.alive())
+    loss.backward()
