@@ -74,8 +74,8 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
             raise UserError(f"--deepspeed {path}: {key}.enabled={value!r}: true, false or 'auto'")
     if tree.get("zero_optimization", {}).get("round_robin_gradients"):
         raise UserError(
-            f"--deepspeed {path}: zero_optimization.round_robin_gradients=true: DeepSpeed then finds "
-            "whole weights in the wrong places, and checkpoints would be wrong; leave it out"
+            f"--deepspeed {path}: zero_optimization.round_robin_gradients=true: DeepSpeed then "
+            "finds whole weights in the wrong places, and checkpoints would be wrong; leave it out"
         )
     stage = tree.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):

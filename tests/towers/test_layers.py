@@ -104,8 +104,8 @@ def test_the_class_row_of_fused_qkv_is_a_part_of_the_whole(x, bias):
         assert torch.equal(mine, part)
     q, k, v = whole
     for asked, wanted in (
-        (qkv(x, asks="class"), (q[:, :1], k, v)),
-        (qkv(x, asks="class", values=False), (q[:, :1], k)),
+        (qkv(x, x[:, :1]), (q[:, :1], k, v)),
+        (qkv(x, x[:, :1], values=False), (q[:, :1], k)),
     ):
         assert len(asked) == len(wanted)
         for mine, part in zip(asked, wanted, strict=True):
@@ -273,3 +273,13 @@ def test_rows_that_share_a_context_copy_neither_its_keys_nor_its_values():
     assert any("index_select" in m.operation for m in storages.all())
     assert not any("index_select" in m.operation for m in storages.alive())
     loss.backward()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_block_for_one_token_gives_what_the_whole_block_gives_for_it(x, causal):
+    block = uneven(PreNormBlock(WIDTH, HEADS, 64, eps=1e-6, causal=causal))
+    rows = torch.tensor([0, 8, 5])
+    one = block(x, rows)
+    assert one.shape == (3, 1, WIDTH)
+    whole = block(x)[torch.arange(3), rows].unsqueeze(1)
+    torch.testing.assert_close(one, whole, atol=2e-5, rtol=1e-5)
