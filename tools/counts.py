@@ -1,11 +1,61 @@
-"""What a training step computes and keeps, by part of the model."""
+"""What a training step computes and keeps for its backward pass, by part of the model.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Operations are those of matrix products, convolutions and attention, two for a multiply-add, as
+torch.utils.flop_counter counts them. Attention counts as the plain matrix products it stands for,
+whatever kernel runs it: forward two, backward four, masked tokens included.
+
+Bytes come in two counts. `kept`: storages that were created during the forward and are alive at its
+end, whatever keeps them. `saved`: storages that autograd was handed for its backward. Parameters,
+buffers and the batch are in neither. The two agree where nothing is recomputed.
+"""
+
+import gc
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from elip_ds.towers import pruning
 
 PARTS = ("vision", "look-ahead", "teacher", "text", "fusion", "heads")
+METHODS = {
+    "encode_text": "text",
+    "encode_image": "vision",
+    "fuse": "fusion",
+    "decode": "fusion",
+    "word_logits": "heads",
+    "temperature": "heads",
+}
+"Of a model, and the part that they are; what they call may be another."
+MODULES = {
+    "visual": "vision",
+    "cross": "fusion",
+    "cross_modal_text_transform": "fusion",
+    "cross_modal_image_transform": "fusion",
+    "cross_modal_text_layers": "fusion",
+    "cross_modal_image_layers": "fusion",
+    "vision_proj": "heads",
+    "text_proj": "heads",
+    "visual_proj": "heads",
+    "text_projection": "heads",
+    "mlm_head": "heads",
+    "lm_head": "heads",
+}
+"Last part of a module's name, and the part of the model that it is, whoever calls it."
+
+# Which part runs.
 
 _entered: list[str] = []
+_boundaries: list[tuple[int, str]] = []
+"Number of the first autograd node that a part made, and the part, in order."
 
 
 @contextmanager
@@ -13,11 +63,11 @@ def part(name: str) -> Iterator[None]:
     """What runs inside belongs to this part, unless a part inside says otherwise; the teacher's
     parts are all one.
     """
-    _entered.append(name)
+    _enter(name)
     try:
         yield
     finally:
-        _entered.pop()
+        _leave()
 
 
 def current_part() -> str:
@@ -25,3 +75,227 @@ def current_part() -> str:
     if "teacher" in _entered:
         return "teacher"
     return _entered[-1] if _entered else "heads"
+
+
+def _enter(name: str) -> None:
+    _entered.append(name)
+    _boundaries.append((_next_node(), current_part()))
+
+
+def _leave() -> None:
+    _entered.pop()
+    _boundaries.append((_next_node(), current_part()))
+
+
+def _next_node() -> int:
+    return torch._C._autograd._get_sequence_nr()
+
+
+@contextmanager
+def marked_parts(task: Any) -> Iterator[None]:
+    """While it is open, a task's own modules and methods say which part they are."""
+    with ExitStack() as stack:
+        models = [(task.model, False)]
+        if task.teacher is not None:
+            models.append((task.teacher.model, True))
+        for model, teaches in models:
+            for name in METHODS:
+                if hasattr(model, name) and not isinstance(getattr(model, name), nn.Module):
+                    kind = "teacher" if teaches else METHODS[name]
+                    stack.enter_context(_marked(model, name, kind))
+            for name, module in model.named_modules():
+                if teaches or name.rpartition(".")[2] in MODULES:
+                    kind = "teacher" if teaches else MODULES[name.rpartition(".")[2]]
+                    _hook(stack, module, kind)
+        stack.enter_context(_marked(pruning, "lookahead_scores", "look-ahead"))
+        yield
+
+
+@contextmanager
+def _marked(owner: Any, name: str, kind: str) -> Iterator[None]:
+    function = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with part(kind):
+            return function(*args, **kwargs)
+
+    own = vars(owner).get(name)
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+def _hook(stack: ExitStack, module: nn.Module, kind: str) -> None:
+    before = module.register_forward_pre_hook(lambda *_: _enter(kind))
+    after = module.register_forward_hook(lambda *_: _leave(), always_call=True)
+    stack.callback(before.remove)
+    stack.callback(after.remove)
+
+
+# Operations.
+
+aten = torch.ops.aten
+
+
+def _product(a: Tensor, b: Tensor) -> int:
+    """(..., m, k) with (k, n) or (..., k, n); of a vector n is 1."""
+    return 2 * a.numel() * (b.shape[-1] if b.ndim > 1 else 1)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """(B, H, N, d), (B, H, M, d), (B, H, M, e): scores, and their product with the values."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return _attention(query, key, value)
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> int:
+    # torch counts a fifth product, of the scores that fused kernels compute anew.
+    return 2 * _attention(query, key, value)
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """Operator -> operations of a call with these arguments. torch's, with what they miss."""
+    formulas: dict[Any, Callable[..., int]] = dict(flop_registry)
+    kinds = ("efficient", "flash", "cudnn", "flash")
+    ends = ("", "", "", "_for_cpu")
+    for kind, end in zip(kinds, ends, strict=True):
+        name = f"_scaled_dot_product_{kind}_attention{end}"
+        formulas[getattr(aten, name)] = _without_out(_attention_forward)
+        formulas[getattr(aten, f"{name}_backward")] = _without_out(_attention_backward)
+    for name in ("mv", "dot", "vdot"):
+        formulas[getattr(aten, name)] = _without_out(lambda a, b: _product(a, b))
+    for name in ("addmv", "addmv_", "addmm_", "baddbmm_", "addbmm", "addbmm_", "_addmm_activation"):
+        formulas[getattr(aten, name)] = _without_out(lambda _, a, b, **__: _product(a, b))
+    return formulas
+
+
+def _without_out(formula: Callable[..., int]) -> Callable[..., int]:
+    return lambda *args, out_val=None, **kwargs: formula(*args, **kwargs)
+
+
+# Counting.
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one step, by part. forward, backward: operations.  kept, saved: bytes."""
+
+    forward: dict[str, int]
+    backward: dict[str, int]
+    kept: dict[str, int]
+    saved: dict[str, int]
+
+
+def count_step(
+    forward: Callable[[], Any],
+    total: Callable[[Any], Tensor],
+    *,
+    inputs: Iterable[Tensor],
+    backward: bool = True,
+) -> Counts:
+    """Run a forward, and unless told otherwise the backward of the loss that total() finds in what
+    it returns. On the CPU and on CUDA.
+
+    inputs: what was there before: parameters, buffers, the batch.
+    """
+    with _Counter(inputs) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda x: x):
+            loss = total(forward())
+        gc.collect()  # what lies in reference cycles is not needed by anything
+        counter.end_forward()
+        if backward:
+            # In this thread: elsewhere nodes are numbered anew.
+            with torch.autograd.set_multithreading_enabled(False):
+                loss.backward()
+    return counter.counts()
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        super().__init__()
+        # By address. A weak reference keeps that of what is gone, so that no other storage gets it.
+        self._inputs = [x.untyped_storage() for x in inputs]
+        self._before = {x._cdata: StorageWeakRef(x) for x in self._inputs}
+        self._formulas = _formulas()
+        self._created: dict[int, tuple[StorageWeakRef, str, int]] = {}
+        self._packed: dict[int, StorageWeakRef] = {}
+        self._operations: tuple[dict[str, int], dict[str, int]] = (_zeros(), _zeros())
+        self._kept, self._saved = _zeros(), _zeros()
+        self._forward_ends: int | None = None
+        self._part = "heads"
+        _boundaries.clear()
+        _boundaries.append((0, current_part()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        if self._forward_ends is None:
+            self._note_arguments(args, kwargs)
+        out = func(*args, **kwargs)
+        kind = self._running()
+        if formula is not None:
+            phase = self._operations[0 if self._forward_ends is None else 1]
+            phase[kind] += formula(*args, **kwargs, out_val=out)
+        if self._forward_ends is None:
+            for storage in _storages(out):
+                if storage._cdata not in self._before and storage._cdata not in self._created:
+                    entry = StorageWeakRef(storage), kind, storage.nbytes()
+                    self._created[storage._cdata] = entry
+        return out
+
+    def _note_arguments(self, *arguments: Any) -> None:
+        """What an operator reads and none has made was there before."""
+        for storage in _storages(arguments):
+            if storage._cdata not in self._created and storage._cdata not in self._before:
+                self._before[storage._cdata] = StorageWeakRef(storage)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """What autograd saves goes by here."""
+        storage = x.untyped_storage()
+        self._packed[storage._cdata] = StorageWeakRef(storage)
+        return x.detach()  # the tensor itself might own the node that keeps it, and never go
+
+    def end_forward(self) -> None:
+        self._forward_ends = _next_node()
+        for key, (reference, kind, size) in self._created.items():
+            if not reference.expired():
+                self._kept[kind] += size
+                if key in self._packed:
+                    self._saved[kind] += size
+
+    def counts(self) -> Counts:
+        return Counts(*self._operations, self._kept, self._saved)
+
+    def _running(self) -> str:
+        """In the backward, the part whose forward made the node that runs."""
+        if self._forward_ends is None:
+            return current_part()
+        node = torch._C._current_autograd_node()
+        # A node that a backward made, to recompute, belongs to the one that runs it.
+        if node is not None and node._sequence_nr() < self._forward_ends:
+            at = bisect_right(_boundaries, node._sequence_nr(), key=lambda entry: entry[0])
+            self._part = _boundaries[at - 1][1]
+        return self._part
+
+
+def _storages(tree: Any) -> list[Any]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _zeros() -> dict[str, int]:
+    return dict.fromkeys(PARTS, 0)

@@ -250,7 +250,8 @@ class CLIP(Model):
             feat = self.joint(end, "text_projection.weight")
             guide = end.detach()
             if self.config.guide != "unprojected":
-                guide = feat.detach().to(end.dtype) @ self.w["visual_proj.weight"].detach().T
+                with part("heads"):
+                    guide = feat.detach().to(end.dtype) @ self.w["visual_proj.weight"].detach().T
         return Text(ids, mask, x, guide, feat)
 
     def encode_image(self, images: Tensor, guide: Text | None) -> Image:
