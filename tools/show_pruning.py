@@ -36,6 +36,7 @@ from elip_ds.errors import UserError, exit_with
 from elip_ds.run import find_checkpoint
 from elip_ds.tasks import build_pretrain
 from elip_ds.towers import KeepIndex
+from elip_ds.towers.pruning import settled
 
 PICTURE = 320
 "Smallest side of a drawn image, pixels."
@@ -107,6 +108,7 @@ def load_models(checkpoint: Path) -> tuple[Config, list[Any], CaptionTokenizer]:
     does on its way.
     """
     config = read_config(checkpoint / "config.yaml")
+    config = dataclasses.replace(config, pruning=settled(config.pruning))
     stages = config.pruning.stages
     if not stages:
         raise UserError(f"{checkpoint} was trained with pruning.stages=[]: nothing to show")

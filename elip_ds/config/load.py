@@ -123,6 +123,8 @@ def build_config(tree: Any) -> Config:
         tree = tree | {"data": tree["data"] | short}
     if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
         tree = tree | {"model": _with_list(tree["model"], "init_from")}
+    if isinstance(tree, dict) and isinstance(tree.get("teacher"), dict):
+        _check_word("teacher.prune", tree["teacher"].get("prune"), ("off", "own", "student"))
     model = _model_class(tree)
     objectives = {
         name: registry.resolve(registry.OBJECTIVES, name, "objectives").Config
@@ -268,6 +270,16 @@ def _with_list(section: dict[str, Any], key: str) -> dict[str, Any]:
     if value is None or isinstance(value, str):
         return section | {key: [value] if value else []}
     return section
+
+
+def _check_word(key: str, value: Any, words: Sequence[str]) -> None:
+    """YAML takes a bare off for false: what to write instead."""
+    if isinstance(value, bool):
+        choice = ", ".join(f'"{word}"' for word in words)
+        raise UserError(
+            f"{key}={show(value)}: choose one of {choice}, with the quotes, as YAML reads a bare "
+            "off as false"
+        )
 
 
 def _model_class(tree: Any) -> type:

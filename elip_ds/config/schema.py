@@ -7,7 +7,7 @@ so they are typed in load.py. Everything is frozen: a run's configuration never 
 from dataclasses import dataclass, field
 from typing import Any
 
-from elip_ds.config.duration import check_duration
+from elip_ds.config.duration import check_ascending, check_duration
 from elip_ds.errors import UserError
 
 
@@ -145,9 +145,20 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class KeepChange:
+    after: str
+    "From when on these ratios hold, in epochs or samples of the run."
+    keep_ratios: list[float]
+    "A keep_ratio for each of pruning.stages; 1: the stage does nothing."
+
+
+@dataclass(frozen=True)
 class PruningConfig:
     stages: list[Stage] = field(default_factory=list)
     "Where and how much to prune; an empty list is a plain ViT."
+    schedule: list[KeepChange] = field(default_factory=list)
+    """Keep ratios that change as training goes on, [{after: ..., keep_ratios: [...]}]; before the
+    first entry the stages' own hold. Whatever is not training prunes as the last entry says."""
     text_weight: float = 0.2
     "Share of the text's class vector in the look-ahead's class token (ELIP: 0.2)."
     eps: float = 1e-6
@@ -160,6 +171,15 @@ class PruningConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.text_weight <= 1, f"pruning.text_weight={self.text_weight}: 0..1")
         _require(self.eps > 0, f"pruning.eps={self.eps}: above 0")
+        for i, change in enumerate(self.schedule):
+            key, ratios = f"pruning.schedule[{i}]", list(change.keep_ratios)
+            check_duration(f"{key}.after", change.after, above_zero=True)
+            _require(
+                len(ratios) == len(self.stages),
+                f"{key}.keep_ratios={ratios}: wanted is one for each of the {len(self.stages)} "
+                "pruning.stages; without stages set pruning.schedule=[], too",
+            )
+        check_ascending("pruning.schedule[{}].after", [change.after for change in self.schedule])
         _require(
             self.empty_stage in ("skip", "zero_token"),
             f"pruning.empty_stage={self.empty_stage!r}: choose skip or zero_token",
@@ -174,10 +194,15 @@ class PruningConfig:
 class TeacherConfig:
     momentum: float = 0.995
     "Share that the momentum twin keeps of itself at every optimizer step."
-    prune: bool = False
-    "Prune the twin's images too (the published twin sees all tokens)."
+    prune: str = "off"
+    """Of the twin's images: 'off', it sees all tokens, as published; 'own', its own text and
+    look-ahead guide it; 'student', it keeps and merges what the student chose, without looking."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.prune in ("off", "own", "student"),
+            f"teacher.prune={self.prune!r}: choose off, own or student",
+        )
         _require(0 <= self.momentum <= 1, f"teacher.momentum={self.momentum}: 0..1")
 
 

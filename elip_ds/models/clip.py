@@ -8,6 +8,7 @@ B batch, L text tokens, M image tokens, D width of a tower, E joint space.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,7 +19,8 @@ from elip_ds.config import PruningConfig
 from elip_ds.errors import UserError
 from elip_ds.models.features import ImageFeatures, TextFeatures
 from elip_ds.models.joint import ModelConfig, unit
-from elip_ds.towers import CLIPText, CLIPTextConfig, ViT, ViTConfig, check_stages
+from elip_ds.towers import CLIPText, CLIPTextConfig, ViT, ViTConfig
+from elip_ds.towers.pruning import KeepIndex, check_pruning
 
 RELEASED_BASE = 197
 "What the released code takes ratios of, at any size: the tokens of /16 at 224, class token too."
@@ -46,7 +48,7 @@ class CLIPConfig(ModelConfig):
     def check(self, pruning: PruningConfig) -> None:
         """Raises UserError unless the parts fit each other and the pruning schedule fits them."""
         base = keep_base(pruning) or self.vision.num_patches
-        check_stages(pruning.stages, self.vision.depth, base)
+        check_pruning(pruning, self.vision.depth, base)
         if self.guide == "unprojected" and self.text.width != self.vision.width:
             raise UserError(
                 f"model.guide=unprojected needs model.text.width={self.text.width} equal to "
@@ -99,9 +101,19 @@ class CLIP(nn.Module):
                 guide = self.visual_proj(feat.detach().to(pooled.dtype), back=True)
         return TextFeatures(input_ids, attention_mask, states, guide, feat)
 
-    def encode_image(self, images: Tensor, guide: TextFeatures | None = None) -> ImageFeatures:
-        """images: (B, 3, H, W), normalised.  guide: each image's own caption; None: no pruning."""
-        tokens, keep = self.visual(images, None if guide is None else guide.text_class)
+    def encode_image(
+        self,
+        images: Tensor,
+        guide: TextFeatures | None = None,
+        *,
+        keep_ratios: Sequence[float] | None = None,
+        replay: KeepIndex | None = None,
+    ) -> ImageFeatures:
+        """images: (B, 3, H, W), normalised.  guide: each image's own caption; None: no pruning.
+        keep_ratios, replay: see towers.ViT.
+        """
+        text_class = None if guide is None else guide.text_class
+        tokens, keep = self.visual(images, text_class, keep_ratios, replay)
         return ImageFeatures(tokens, keep, unit(self.visual_proj(tokens[:, 0])))
 
     def temperature(self) -> Tensor:

@@ -69,10 +69,9 @@ class ImageFeatures:
 
     def take(self, rows: Tensor) -> "ImageFeatures":
         """The samples of these row numbers, in that order, any of them several times."""
-        keep = self.keep
         return ImageFeatures(
             self.image_embeds[rows],
-            KeepIndex(keep.origin[rows], keep.owner[rows], keep.share[rows], keep.lengths),
+            self.keep.take(rows),
             None if self.image_feat is None else self.image_feat[rows],
             tuple(x[rows] for x in self.keys_values),
         )

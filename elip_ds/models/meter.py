@@ -7,6 +7,7 @@ token guides the pruning of the image.
 B batch, L text tokens, M image tokens, D width of the fusion, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ from elip_ds.models.joint import ModelConfig
 from elip_ds.towers.bert import EPS
 from elip_ds.towers.coattention import CoAttentionConfig, coattend, stream
 from elip_ds.towers.layers import init_linear_and_norm, init_std
-from elip_ds.towers.pruning import check_stages
+from elip_ds.towers.pruning import KeepIndex, check_pruning
 from elip_ds.towers.roberta import RoBERTa, RoBERTaConfig
 from elip_ds.towers.vit import ViT, ViTConfig
 
@@ -44,7 +45,7 @@ class METERConfig(ModelConfig):
     def check(self, pruning: PruningConfig) -> None:
         """Raises UserError unless the parts fit each other and the pruning schedule fits them."""
         num_patches = keep_base(pruning) or self.vision.num_patches
-        check_stages(pruning.stages, self.vision.depth, num_patches)
+        check_pruning(pruning, self.vision.depth, num_patches)
         if pruning.stages and self.text.width != self.vision.width:
             raise UserError(
                 f"model.text.width={self.text.width} must equal model.vision.width="
@@ -101,9 +102,19 @@ class METER(nn.Module):
         states = self.text(input_ids, attention_mask)
         return TextFeatures(input_ids, attention_mask, states, states[:, 0])
 
-    def encode_image(self, images: Tensor, guide: TextFeatures | None = None) -> ImageFeatures:
-        """images: (B, 3, H, W), normalised.  guide: a text for each image; None: no pruning."""
-        tokens, keep = self.visual(images, None if guide is None else guide.text_class)
+    def encode_image(
+        self,
+        images: Tensor,
+        guide: TextFeatures | None = None,
+        *,
+        keep_ratios: Sequence[float] | None = None,
+        replay: KeepIndex | None = None,
+    ) -> ImageFeatures:
+        """images: (B, 3, H, W), normalised.  guide: a text for each image; None: no pruning.
+        keep_ratios, replay: see towers.ViT.
+        """
+        text_class = None if guide is None else guide.text_class
+        tokens, keep = self.visual(images, text_class, keep_ratios, replay)
         return ImageFeatures(tokens, keep)
 
     def fuse(self, text: TextFeatures, image: ImageFeatures) -> Fused:

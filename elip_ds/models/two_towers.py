@@ -3,6 +3,7 @@
 B batch, L text tokens, M image tokens, D width, E joint space.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,7 +13,8 @@ from elip_ds.config import PruningConfig
 from elip_ds.errors import UserError
 from elip_ds.models.features import ImageFeatures, TextFeatures
 from elip_ds.models.joint import ModelConfig, Temperature, unit
-from elip_ds.towers import ViT, ViTConfig, check_stages
+from elip_ds.towers import ViT, ViTConfig
+from elip_ds.towers.pruning import KeepIndex, check_pruning
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class TwoTowersConfig(ModelConfig):
 
     def check(self, pruning: PruningConfig) -> None:
         """Raises UserError unless the parts fit each other and the pruning schedule fits them."""
-        check_stages(pruning.stages, self.vision.depth, self.vision.num_patches)
+        check_pruning(pruning, self.vision.depth, self.vision.num_patches)
         if pruning.stages and self.text.width != self.vision.width:
             raise UserError(
                 f"model.text.width={self.text.width} must equal model.vision.width="
@@ -66,7 +68,17 @@ class TwoTowers(nn.Module):
         feat = unit(self.text_proj(states[:, 0]))
         return TextFeatures(input_ids, attention_mask, states, states[:, 0], feat)
 
-    def encode_image(self, images: Tensor, guide: TextFeatures | None = None) -> ImageFeatures:
-        """images: (B, 3, H, W), normalised.  guide: each image's own caption; None: no pruning."""
-        tokens, keep = self.visual(images, None if guide is None else guide.text_class)
+    def encode_image(
+        self,
+        images: Tensor,
+        guide: TextFeatures | None = None,
+        *,
+        keep_ratios: Sequence[float] | None = None,
+        replay: KeepIndex | None = None,
+    ) -> ImageFeatures:
+        """images: (B, 3, H, W), normalised.  guide: each image's own caption; None: no pruning.
+        keep_ratios, replay: see towers.ViT.
+        """
+        text_class = None if guide is None else guide.text_class
+        tokens, keep = self.visual(images, text_class, keep_ratios, replay)
         return ImageFeatures(tokens, keep, unit(self.vision_proj(tokens[:, 0])))

@@ -131,10 +131,13 @@ class StepContext:
         progress: Progress,
         *,
         seed: int = 0,
-        prune_teacher: bool = False,
+        prune_teacher: str = "off",
+        keep_ratios: Sequence[float] | None = None,
         objectives: Sequence["Objective"] = (),
     ) -> None:
-        """objectives: all that will run, in their order."""
+        """objectives: all that will run, in their order.  prune_teacher: see TeacherConfig.prune.
+        keep_ratios: of the pruning stages at this moment; None: those of the configuration.
+        """
         self.batch, self.progress = batch, progress
         self._objectives = objectives
         self._fused: dict[Objective, Fused] = {}
@@ -143,6 +146,7 @@ class StepContext:
         self.given: dict[str, Tensor] = {}
         self.passes: dict[Pass, Any] = {}
         self._models, self._seed, self._prune_teacher = models, seed, prune_teacher
+        self._keep_ratios = keep_ratios
 
     def run(self, spec: Pass) -> Any:
         """The result of a pass, computed on first use: TextFeatures, ImageFeatures, Fused, or for
@@ -188,7 +192,7 @@ class StepContext:
 
     def _plain(self, spec: Pass) -> Pass:
         """Equal passes get equal names: what a tower does not read goes back to its default."""
-        if spec.who == "teacher" and not self._prune_teacher:
+        if spec.who == "teacher" and self._prune_teacher == "off":
             spec = spec._replace(guide=None)
         if spec.tower == "text":
             return Pass("text", spec.who, spec.text)
@@ -198,8 +202,16 @@ class StepContext:
         return self._models[spec.who].encode_text(*self.texts[spec.text])
 
     def _run_image(self, spec: Pass) -> ImageFeatures:
-        guide = None if spec.guide is None else self.run(Pass("text", spec.who, spec.guide))
-        return self._models[spec.who].encode_image(self.views[spec.view], guide)
+        model, images = self._models[spec.who], self.views[spec.view]
+        if spec.guide is None:
+            return model.encode_image(images)
+        if spec.who == "teacher" and self._prune_teacher == "student":
+            student = spec._replace(who="student")
+            # Run from here it would be without gradient, and kept for those who want one.
+            assert student in self.passes, f"{student} comes first: the teacher repeats its choice"
+            return model.encode_image(images, replay=self.passes[student].keep)
+        guide = self.run(Pass("text", spec.who, spec.guide))
+        return model.encode_image(images, guide, keep_ratios=self._keep_ratios)
 
     def _run_fusion(self, spec: Pass) -> Fused:
         text = self.run(spec._replace(tower="text"))

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from elip_ds import dist, registry
-from elip_ds.config import Config
+from elip_ds.config import Config, PruningConfig
 from elip_ds.data import Batch, Vocabulary
 from elip_ds.errors import UserError
 from elip_ds.models import LocalTensor, MomentumTwin, TextFeatures
 from elip_ds.objectives import GradCache, Objective, Progress, Setup, StepContext
 from elip_ds.scores import matching_recall, retrieval_recall
+from elip_ds.towers.pruning import keep_ratios_at
 
 
 class Pairs(Protocol):
@@ -46,7 +47,8 @@ class Pretrain(nn.Module):
         objectives: Mapping[str, Objective],
         *,
         teacher_momentum: float,
-        prune_teacher: bool,
+        prune_teacher: str,
+        pruning: PruningConfig,
         seed: int,
     ) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class Pretrain(nn.Module):
         taught = any("teacher" in o.needs(o.config) for o in objectives.values())
         self.teacher = MomentumTwin(model) if taught else None
         self._momentum, self._prune_teacher, self._seed = teacher_momentum, prune_teacher, seed
+        self._pruning = pruning
         self._carries: dict[str, list[dict[str, Tensor]]] = {name: [] for name in objectives}
         self.cache = GradCache(objectives)
 
@@ -79,6 +82,10 @@ class Pretrain(nn.Module):
             progress,
             seed=self._seed,
             prune_teacher=self._prune_teacher,
+            # Of the step's start, and so the same in all its micro-batches and on all ranks.
+            keep_ratios=keep_ratios_at(
+                self._pruning, progress.samples_seen, progress.samples_per_epoch
+            ),
             objectives=tuple(self.objectives.values()),
         )
         if first_pass:
@@ -158,7 +165,8 @@ class Pretrain(nn.Module):
 
         By the joint space over all pairs, images encoded without text and so unpruned (ALBEF's
         zero-shot retrieval, without its re-ranking); a model without one scores all pairs among the
-        first match_candidates by its matching head, prune as in match (METER).
+        first match_candidates by its matching head, prune as in match (METER); where these prune,
+        then by the keep ratios with which the schedule ends, as the model will be used.
         Returns recall_at_1, _5, _10 (mean of both directions), tr_ and ir_at_k, and candidates.
         """
         was_training = self.training
@@ -291,5 +299,6 @@ def build_pretrain(config: Config, vocabulary: Vocabulary) -> Pretrain:
         objectives,
         teacher_momentum=config.teacher.momentum,
         prune_teacher=config.teacher.prune,
+        pruning=config.pruning,
         seed=config.run.seed,
     )

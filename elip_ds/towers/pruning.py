@@ -10,14 +10,14 @@ B batch, N patches of the image, L tokens of the sequence (class token included)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elip_ds.config import PruningConfig, Stage
+from elip_ds.config import PruningConfig, Stage, duration_in_samples
 from elip_ds.errors import UserError
 
 
@@ -30,13 +30,25 @@ class LookaheadBlock(Protocol):
         """(B, L, D) -> (B, L), head mean of the class token's attention row, fp32."""
 
 
+class Choice(NamedTuple):
+    """What one stage kept and merged, of L - 1 tokens without the class token.
+
+    kept: (B, K), ascending, index 0 the first token after the class token.
+    weights: (B, L - 1), with which each token entered the merged one, 0 for kept tokens, fp32.
+    """
+
+    kept: Tensor
+    weights: Tensor
+
+
 class KeepIndex(NamedTuple):
     """What pruning did to one batch of images, whatever the number of stages.
 
     origin: (B, L) patch 0..N-1 of each token; -1 the class token; -(2 + s) the one merged at s.
     owner: (B, N) slot of the final sequence that carries each patch.
     share: (B, N) weight with which the patch entered its owner; 1 if it was kept.
-    lengths: tokens after each stage, class and merged token included; one entry a stage that ran.
+    lengths: tokens after each stage, class and merged token included; none without a guide.
+    choices: of each stage; None: it did nothing.
     A merged token is an ordinary token later: it may survive, or be merged again.
     (A named tuple, because ZeRO-3's hooks look for tensors in tuples, not in dataclasses.)
     """
@@ -45,13 +57,22 @@ class KeepIndex(NamedTuple):
     owner: Tensor
     share: Tensor
     lengths: tuple[int, ...] = ()
+    choices: tuple[Choice | None, ...] = ()
+
+    def take(self, rows: Tensor) -> "KeepIndex":
+        """Of the samples of these row numbers, in that order, any of them several times."""
+        return KeepIndex(
+            self.origin[rows],
+            self.owner[rows],
+            self.share[rows],
+            self.lengths,
+            tuple(c and Choice(c.kept[rows], c.weights[rows]) for c in self.choices),
+        )
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """tokens: (B, 1 + K + 1, D), the merged token last.  kept: (B, K), ascending, index 0 the first
-    token after the class token.  weights: (B, L - 1), 0 for kept tokens, fp32.
-    """
+    """tokens: (B, 1 + K + 1, D), the merged token last.  kept, weights: see Choice."""
 
     tokens: Tensor
     kept: Tensor
@@ -63,20 +84,60 @@ def keep_count(keep_ratio: float, num_patches: int) -> int:
     return int(num_patches * keep_ratio)
 
 
+def num_kept(keep_ratio: float, base: int, candidates: int) -> int:
+    """Of so many candidates; base: patches that the ratio refers to. A ratio of 1 keeps all."""
+    return candidates if keep_ratio == 1 else min(keep_count(keep_ratio, base), candidates)
+
+
+def keep_stretches(
+    pruning: PruningConfig, samples_per_epoch: int
+) -> list[tuple[int, tuple[float, ...]]]:
+    """The stretches of a run, (samples seen at its start, keep ratios of the stages), from 0 on.
+
+    Of changes that epochs this short round to one sample the last counts.
+    """
+    stretches = {0: tuple(stage.keep_ratio for stage in pruning.stages)}
+    for change in pruning.schedule:
+        start = duration_in_samples(change.after, samples_per_epoch)
+        stretches[start] = tuple(change.keep_ratios)
+    return list(stretches.items())
+
+
+def keep_ratios_at(
+    pruning: PruningConfig, samples_seen: int, samples_per_epoch: int
+) -> tuple[float, ...]:
+    """Of the stages, for the whole of a step before which so many samples were seen."""
+    stretches = keep_stretches(pruning, samples_per_epoch)
+    return [ratios for start, ratios in stretches if start <= samples_seen][-1]
+
+
+def at_ratios(pruning: PruningConfig, keep_ratios: Sequence[float]) -> PruningConfig:
+    """The same stages with these ratios and no schedule: one stretch of a run."""
+    pairs = zip(pruning.stages, keep_ratios, strict=True)
+    stages = [replace(stage, keep_ratio=ratio) for stage, ratio in pairs]
+    return replace(pruning, stages=stages, schedule=[])
+
+
+def settled(pruning: PruningConfig) -> PruningConfig:
+    """As the schedule ends."""
+    return at_ratios(pruning, pruning.schedule[-1].keep_ratios) if pruning.schedule else pruning
+
+
 def sequence_lengths(
     pruning: PruningConfig, depth: int, num_patches: int, keep_base: int | None = None
 ) -> list[int]:
     """Tokens that each of the depth blocks sees, class and merged tokens included.
 
+    By the stages' own ratios; for others see at_ratios.
     keep_base: patches that keep ratios refer to; None: num_patches.
     """
     at = {stage.layer: stage for stage in pruning.stages}
     lengths, length = [], 1 + num_patches
     for layer in range(depth):
         if layer in at:
-            count = keep_count(at[layer].keep_ratio, keep_base or num_patches)
+            count = num_kept(at[layer].keep_ratio, keep_base or num_patches, length - 1)
             if count < length - 1 or pruning.empty_stage == "zero_token":
-                length = 1 + min(count, length - 1) + 1
+                length = 1 + count + 1
         lengths.append(length)
     return lengths
 
@@ -98,21 +159,34 @@ def check_stages(stages: Sequence[Stage], depth: int, num_patches: int) -> None:
                 f"{key}: layer {stage.layer} + lookahead {stage.lookahead} is beyond the tower's "
                 f"{depth} blocks; use {fits}"
             )
-        if not 0 < stage.keep_ratio <= 1:
-            raise UserError(f"{key}: keep_ratio={stage.keep_ratio} must lie in (0, 1]")
         if before and stage.layer <= before.layer:
             raise UserError(
                 f"{key}: layer {stage.layer} does not come after layer {before.layer} before it"
             )
-        if before and stage.keep_ratio > before.keep_ratio:
-            raise UserError(
-                f"{key}: keep_ratio {stage.keep_ratio} exceeds {before.keep_ratio} before it; "
-                "ratios refer to the full patch count and cannot grow"
-            )
-        if keep_count(stage.keep_ratio, num_patches) < 1:
-            raise UserError(
-                f"{key}: keep_ratio={stage.keep_ratio} of {num_patches} patches keeps none"
-            )
+        _check_ratio(key, stage.keep_ratio, before.keep_ratio if before else 1.0, num_patches)
+
+
+def check_pruning(pruning: PruningConfig, depth: int, num_patches: int) -> None:
+    """As check_stages, with the ratios of the schedule."""
+    check_stages(pruning.stages, depth, num_patches)
+    for i, change in enumerate(pruning.schedule):
+        before = 1.0
+        for j, ratio in enumerate(change.keep_ratios):
+            _check_ratio(f"pruning.schedule[{i}].keep_ratios[{j}]", ratio, before, num_patches)
+            before = ratio
+
+
+def _check_ratio(key: str, ratio: float, before: float, num_patches: int) -> None:
+    """before: the ratio of the stage before."""
+    if not 0 < ratio <= 1:
+        raise UserError(f"{key}: keep_ratio={ratio} must lie in (0, 1]")
+    if ratio > before:
+        raise UserError(
+            f"{key}: keep_ratio {ratio} exceeds {before} before it; "
+            "ratios refer to the full patch count and cannot grow"
+        )
+    if keep_count(ratio, num_patches) < 1:
+        raise UserError(f"{key}: keep_ratio={ratio} of {num_patches} patches keeps none")
 
 
 def full_index(batch_size: int, num_patches: int, device: torch.device) -> KeepIndex:
@@ -169,6 +243,15 @@ def prune_tokens(x: Tensor, scores: Tensor, num_keep: int, eps: float) -> Pruned
     kept = scores.topk(num_keep, dim=1, sorted=False).indices.sort(dim=1).values
     weights = scores.scatter(1, kept, 0.0)
     weights = weights / (weights.sum(dim=1, keepdim=True) + eps)
+    return merge_tokens(x, Choice(kept, weights))
+
+
+def merge_tokens(x: Tensor, choice: Choice) -> Pruned:
+    """Keep and merge what was chosen, here or in another tower's pass over the same images.
+
+    x: (B, L, D), class token first.
+    """
+    kept, weights = choice
     index = kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     survivors = x[:, 1:].gather(1, index)
     merged = torch.einsum("bl,bld->bd", weights.to(x.dtype), x[:, 1:])
@@ -192,7 +275,14 @@ def follow(index: KeepIndex, pruned: Pruned, stage: int) -> KeepIndex:
         owner=slot.gather(1, index.owner),
         share=index.share * weight.gather(1, index.owner),
         lengths=(*index.lengths, num_keep + 2),
+        choices=(*index.choices, Choice(pruned.kept, pruned.weights)),
     )
+
+
+def pass_over(index: KeepIndex) -> KeepIndex:
+    """The KeepIndex after a stage that did nothing."""
+    length = index.origin.shape[1]
+    return index._replace(lengths=(*index.lengths, length), choices=(*index.choices, None))
 
 
 def unprune(x: Tensor, index: KeepIndex) -> Tensor:

@@ -6,6 +6,7 @@ et al. (DeiT), as used by ALBEF and BLIP; Radford et al. (CLIP), as used by METE
 B batch, N patches, L tokens that remain, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -80,6 +81,8 @@ class ViTConfig:
 class ViT(nn.Module):
     """With no stages, or no text, it equals a plain ViT bit for bit.
 
+    pruning: its schedule ends here: unless told other ratios, the tower keeps what the last entry
+    says.
     keep_base: patches that keep ratios refer to; None: this tower's own.
     match_norm: bring the text's class vector to the norm of the class token before the two mix.
     """
@@ -93,8 +96,8 @@ class ViT(nn.Module):
         match_norm: bool = False,
     ) -> None:
         super().__init__()
-        elip.check_stages(pruning.stages, config.depth, keep_base or config.num_patches)
-        self.config, self.pruning, self.match_norm = config, pruning, match_norm
+        elip.check_pruning(pruning, config.depth, keep_base or config.num_patches)
+        self.config, self.pruning, self.match_norm = config, elip.settled(pruning), match_norm
         self.keep_base = keep_base or config.num_patches
         clip = config.layout == "clip"
         width, eps = config.width, 1e-5 if clip else 1e-6
@@ -116,10 +119,17 @@ class ViT(nn.Module):
         init_linear_and_norm(self, std=init_std(width), truncated=True)
 
     def forward(
-        self, images: Tensor, text_class: Tensor | None = None
+        self,
+        images: Tensor,
+        text_class: Tensor | None = None,
+        keep_ratios: Sequence[float] | None = None,
+        replay: elip.KeepIndex | None = None,
     ) -> tuple[Tensor, elip.KeepIndex]:
         """images: (B, 3, H, W), normalised.  text_class: (B, D) guides the pruning; None: no
-        pruning.
+        pruning, unless replay is given.
+        keep_ratios: of the stages; None: those of the configuration.
+        replay: what a tower of the same schedule did to these images; it is done again, and neither
+        text nor look-ahead is needed.
 
         Returns tokens (B, L, D) after the final norm, class token first, and what pruning did.
         """
@@ -129,25 +139,45 @@ class ViT(nn.Module):
         x = torch.cat([self.cls_token().expand(len(patches), -1, -1), patches], dim=1)
         x = self.norm_pre(x + self.pos_embed())
         index = elip.full_index(len(patches), patches.shape[1], x.device)
-        stages = {s.layer: (i, s) for i, s in enumerate(self.pruning.stages)}
+        stages = {} if text_class is None and replay is None else self._stages(keep_ratios)
         with keeping(self.config.recompute, self.training) as run:
             for layer, block in enumerate(self.blocks):
-                if text_class is not None and layer in stages:
+                if layer in stages:
                     # Outside what is run again: a tie could otherwise choose another token then.
-                    x, index = self._prune(x, text_class, index, *stages[layer])
+                    number, stage, ratio = stages[layer]
+                    if replay is not None:
+                        choice = replay.choices[number]
+                        pruned = None if choice is None else elip.merge_tokens(x, choice)
+                    else:
+                        assert text_class is not None
+                        pruned = self._prune(x, text_class, stage, ratio)
+                    if pruned is None:
+                        index = elip.pass_over(index)
+                    else:
+                        x, index = pruned.tokens, elip.follow(index, pruned, number)
                 x = run(block, x)
         return self.norm(x), index
 
+    def _stages(
+        self, keep_ratios: Sequence[float] | None
+    ) -> dict[int, tuple[int, elip.Stage, float]]:
+        """Layer -> number of the stage there, the stage, its ratio."""
+        stages = self.pruning.stages
+        if keep_ratios is None:
+            keep_ratios = [stage.keep_ratio for stage in stages]
+        triples = zip(range(len(stages)), stages, keep_ratios, strict=True)
+        return {stage.layer: (number, stage, ratio) for number, stage, ratio in triples}
+
     def _prune(
-        self, x: Tensor, text_class: Tensor, index: elip.KeepIndex, number: int, stage: elip.Stage
-    ) -> tuple[Tensor, elip.KeepIndex]:
+        self, x: Tensor, text_class: Tensor, stage: elip.Stage, keep_ratio: float
+    ) -> elip.Pruned | None:
+        """None: there is nothing to merge."""
         candidates = x.shape[1] - 1
-        num_keep = min(elip.keep_count(stage.keep_ratio, self.keep_base), candidates)
+        num_keep = elip.num_kept(keep_ratio, self.keep_base, candidates)
         if num_keep == candidates and self.pruning.empty_stage == "skip":
-            return x, index
+            return None
         blocks = cast(list[PreNormBlock], self.blocks[stage.layer : stage.layer + stage.lookahead])
         if self.match_norm:
             text_class = elip.match_norm(text_class, x[:, 0])
         scores = elip.lookahead_scores(x, text_class, blocks, self.pruning.text_weight)
-        pruned = elip.prune_tokens(x, scores, num_keep, self.pruning.eps)
-        return pruned.tokens, elip.follow(index, pruned, number)
+        return elip.prune_tokens(x, scores, num_keep, self.pruning.eps)

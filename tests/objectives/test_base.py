@@ -15,7 +15,7 @@ def context_with_keys(keys, seed=42, step=7):
     return StepContext(batch, {}, dataclasses.replace(PROGRESS, step=step), seed=seed)
 
 
-def context_of(task, prune_teacher=False):
+def context_of(task, prune_teacher="off"):
     models = {"student": task.model, "teacher": task.teacher.model}
     return StepContext(random_batch(4), models, PROGRESS, prune_teacher=prune_teacher)
 
@@ -74,7 +74,7 @@ ALL = ITC | {
             ALL | {("teacher", "text"): 1},
         ),
         (
-            ["objectives.itc=null", "objectives.itm=null", "teacher.prune=true"],
+            ["objectives.itc=null", "objectives.itm=null", "teacher.prune=own"],
             ALL,
         ),
         (
@@ -117,13 +117,13 @@ def test_the_students_image_is_pruned_and_the_teachers_is_not():
 
 
 def test_the_teachers_image_is_pruned_when_told_so():
-    context = context_of(tiny_task(), prune_teacher=True)
+    context = context_of(tiny_task(), prune_teacher="own")
     assert context.run(Pass("image", "teacher")).keep.lengths == (10, 6)
 
 
 def test_the_task_hands_teacher_prune_on():
     lengths = []
-    task = tiny_task("teacher.prune=true")
+    task = tiny_task("teacher.prune=own")
     task.teacher.model.visual.register_forward_hook(
         lambda module, inputs, output: lengths.append(output[0].shape[1])
     )

@@ -6,7 +6,7 @@ import torch
 from conftest import random_batch, tiny_task, tiny_vocabulary, tiny_words
 from torch import nn
 
-from elip_ds.config import load_config
+from elip_ds.config import PruningConfig, load_config
 from elip_ds.data import Batch
 from elip_ds.errors import UserError
 from elip_ds.models import Fused, ImageFeatures, TextFeatures
@@ -201,7 +201,14 @@ class NumberedPairs:
 
 @pytest.fixture
 def numbered():
-    return Pretrain(Numbered(), {}, teacher_momentum=0.995, prune_teacher=False, seed=0)
+    return Pretrain(
+        Numbered(),
+        {},
+        teacher_momentum=0.995,
+        prune_teacher="off",
+        pruning=PruningConfig(),
+        seed=0,
+    )
 
 
 @pytest.mark.parametrize(("count", "size"), [(12, 4), (12, 5), (13, 8), (3, 8)])
@@ -243,7 +250,14 @@ def matching():
     with torch.no_grad():
         head.head.weight.copy_(torch.eye(2))
         head.head.bias.zero_()
-    return Pretrain(Matching(), {"itm": head}, teacher_momentum=0.9, prune_teacher=False, seed=0)
+    return Pretrain(
+        Matching(),
+        {"itm": head},
+        teacher_momentum=0.9,
+        prune_teacher="off",
+        pruning=PruningConfig(),
+        seed=0,
+    )
 
 
 @pytest.mark.parametrize(("count", "size", "candidates"), [(12, 4, 64), (13, 8, 5), (13, 8, 9)])

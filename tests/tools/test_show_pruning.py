@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from elip_ds.config import dump_config
+from elip_ds.config.schema import KeepChange
 from elip_ds.data.record import Record
 from elip_ds.data.shards import write_shards
 from elip_ds.errors import UserError, exit_with
@@ -112,6 +113,20 @@ def test_the_last_stage_shown_is_what_the_trained_model_does(tool, checkpoint):
     assert torch.equal(shown[-1].origin, keep.origin)
     assert torch.equal(shown[-1].owner, keep.owner)
     assert [index.lengths for index in shown] == [keep.lengths[:1], keep.lengths]
+
+
+def test_a_run_with_a_schedule_is_shown_as_the_schedule_ends(
+    tool, tmp_path, tiny_config, vocabulary
+):
+    changes = [KeepChange("8 samples", [1.0, 0.5]), KeepChange("16 samples", [0.75, 0.25])]
+    pruning = dataclasses.replace(tiny_config.pruning, schedule=changes)
+    config = dataclasses.replace(tiny_config, pruning=pruning)
+    folder = write_checkpoint(tmp_path / "scheduled", config, vocabulary)
+    config, models, tokenizer = tool.load_models(folder)
+    record, image = next(tool.read_pairs(config, None))
+    batch = tool.make_batch(image, record.captions[0], (32, 32), tokenizer)
+    shown = tool.prune_by_stage(models, batch)
+    assert [index.lengths for index in shown] == [(14,), (14, 6)]
 
 
 def test_without_json_a_table_names_images_and_counts(tool, checkpoint, tmp_path, capsys):
