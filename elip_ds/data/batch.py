@@ -1,7 +1,9 @@
 """Batch: what the loader hands to a task."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,24 +39,40 @@ class Batch:
         return len(self.input_ids)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
-        """On the device, with the images normalised in fp32 and then rounded to dtype."""
-        return replace(
-            self,
-            images=normalise(self.images.to(device, non_blocking=True)).to(dtype),
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            attention_mask=self.attention_mask.to(device, non_blocking=True),
-            sample_key=self.sample_key.to(device, non_blocking=True),
-        )
+        """On the device, with the images normalised in fp32 and then rounded to dtype.
+
+        From pinned memory the host does not wait for the copies.
+        """
+        moved = self._each(lambda x: x.to(device, non_blocking=True))
+        return replace(moved, images=normalise(moved.images).to(dtype))
 
     def pin_memory(self) -> "Batch":
-        return replace(self, images=self.images.pin_memory())
+        """All that to() copies; the DataLoader calls it."""
+        return self._each(Tensor.pin_memory)
+
+    def record_stream(self, stream: Any) -> None:
+        """Keep the memory of all tensors until what is queued on this CUDA stream is done."""
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {name: change(x) for name, x in self._tensors().items()}
+        return replace(self, **changed)
 
 
 def normalise(images: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 -> fp32 with CLIP's mean and deviation per channel taken out."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    mean, std = (_per_channel(values, images.device) for values in (MEAN, STD))
     return (images.float() / 255 - mean) / std
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """(3, 1, 1). Filled on the device: a list that is copied there makes the host wait."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 def stable_hash(text: str) -> int:

@@ -98,6 +98,9 @@ class TrainLoader:
         )
         self._batches = iter(_torch_loader(self.dataset, batches, self._workers, self._run))
 
+    def __iter__(self) -> "TrainLoader":
+        return self
+
     def __next__(self) -> Batch:
         if self._batches is None:
             self.seek(0)

@@ -29,6 +29,7 @@ from elip_ds.engine.ds_config import fill_ds_config
 from elip_ds.engine.fused import Place, choose_kernels, swap_layer_norms
 from elip_ds.engine.lamb import Lamb, bind_lamb, check_lamb
 from elip_ds.engine.optim import build_optimizer
+from elip_ds.engine.prefetch import Prefetcher
 from elip_ds.engine.schedule import learning_rate, scale_lr
 from elip_ds.engine.sharding import gather_whole, local_tensor, refresh, shard_of
 from elip_ds.engine.weights import read_tensors
@@ -71,6 +72,7 @@ class Engine:
         self.config, self.plan, self.run, self.task = config, plan, run, task
         self.step, self.samples_seen = 0, 0
         self.folder = run.dir / "ckpt"
+        self._ahead: Prefetcher | None = None
         self.ds_config = fill_ds_config(
             ds_tree, engine=config.engine, optim=config.optim, plan=plan, device=run.device
         )
@@ -152,16 +154,20 @@ class Engine:
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         steps = self.plan.gradient_accumulation_steps
-        batches: TrainLoader | Iterator[Batch] = loader
+        if self._ahead is None or self._ahead.batches is not loader:
+            self._ahead = self._prefetch(loader)
+        batches = self._ahead
         if steps > 1 and self.task.cache.objectives:
             batches = self._run_first_pass([next(loader) for _ in range(steps)], progress, clock)
         for micro_step in range(steps):
-            batch = next(batches).to(self.run.device, self._dtype)
+            batch = next(batches)
             clock.lap("data")
             loss = self._engine(batch, progress.at(micro_step, steps))
             clock.lap("forward")
             self._engine.backward(loss.total)
             clock.lap("backward")
+            batches.start_next()
+            clock.lap("data")
             for total, part in ((losses, loss.values), (logs, loss.logs)):
                 for name, value in part.items():
                     total[name] = total.get(name, 0.0) + value / steps
@@ -194,16 +200,20 @@ class Engine:
 
     def _run_first_pass(
         self, batches: list[Batch], progress: Progress, clock: "_Clock"
-    ) -> Iterator[Batch]:
+    ) -> Prefetcher:
         """For objectives that want all micro-batches at once (see objectives/grad_cache.py)."""
         clock.lap("data")
+        first = self._prefetch(iter(batches))
         with torch.no_grad():
-            for micro_step, batch in enumerate(batches):
-                batch = batch.to(self.run.device, self._dtype)
+            for micro_step, batch in enumerate(first):
                 self._engine(batch, progress.at(micro_step, len(batches)), first_pass=True)
+                first.start_next()
         self.task.cache.settle(progress)
         clock.lap("forward")
-        return iter(batches)
+        return self._prefetch(iter(batches))
+
+    def _prefetch(self, batches: Iterator[Batch]) -> Prefetcher:
+        return Prefetcher(batches, self.run.device, self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -361,6 +371,7 @@ class Engine:
         self._load_rng(path)
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         loader.seek(self.samples_seen)
+        self._ahead = None  # what it holds is of another place
         log.info("resumed %s: step %d, %d samples seen", path, self.step, self.samples_seen)
 
     def _load_rng(self, path: Path) -> None:

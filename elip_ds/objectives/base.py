@@ -274,7 +274,10 @@ _GOLDEN, _MUL1, _MUL2 = -7046029254386353131, -4658895280553007687, -77235922931
 def _mix(x: Any) -> Any:
     """splitmix64's finaliser on int64 tensors or ints; products wrap modulo 2**64."""
     if isinstance(x, int):
-        return int(_mix(torch.tensor(_wrap(x))))
+        x = (x + _GOLDEN) % 2**64
+        x = (x ^ (x >> 30)) * _MUL1 % 2**64
+        x = (x ^ (x >> 27)) * _MUL2 % 2**64
+        return _wrap(x ^ (x >> 31))
     x = x + _GOLDEN
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MUL1
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MUL2

@@ -191,11 +191,10 @@ def _check_ratio(key: str, ratio: float, before: float, num_patches: int) -> Non
 
 def full_index(batch_size: int, num_patches: int, device: torch.device) -> KeepIndex:
     """The KeepIndex of an unpruned pass: every patch carries itself."""
-    patches = torch.arange(num_patches, device=device)
-    origin = torch.cat([patches.new_tensor([-1]), patches])
+    origin = torch.arange(-1, num_patches, device=device)  # made there: a copy would wait
     return KeepIndex(
         origin=origin.expand(batch_size, -1),
-        owner=(patches + 1).expand(batch_size, -1),
+        owner=(origin[1:] + 1).expand(batch_size, -1),
         share=torch.ones(batch_size, num_patches, device=device),
     )
 
