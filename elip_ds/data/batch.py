@@ -23,7 +23,8 @@ class Skipped:
 @dataclass(frozen=True)
 class Batch:
     """images: (B, 3, H, W), uint8 from the loader, normalised floats after to().
-    input_ids, attention_mask: (B, L), int64, the class token first.
+    input_ids, attention_mask: (B, L), int64, the class token first. L may differ between batches
+    (see data.pad).
     sample_key: (B,), int64, a stable hash of source and key.
     keys: the samples' names.  skipped: what was left out on the way here.
     """
@@ -55,6 +56,11 @@ class Batch:
         for tensor in self._tensors().values():
             tensor.record_stream(stream)
 
+    def shortened(self, length: int) -> "Batch":
+        """With texts of so many tokens; what is cut off is padding."""
+        ids, mask = self.input_ids[:, :length], self.attention_mask[:, :length]
+        return replace(self, input_ids=ids.contiguous(), attention_mask=mask.contiguous())
+
     def _tensors(self) -> dict[str, Tensor]:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
@@ -62,6 +68,20 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         changed: dict[str, Any] = {name: change(x) for name, x in self._tensors().items()}
         return replace(self, **changed)
+
+
+PAD_MULTIPLE = 8
+"Shortened texts have a multiple of so many tokens: few shapes, and those that matrix units like."
+
+
+def shortest_length(attention_mask: Tensor) -> int:
+    """Tokens of the longest text, rounded up to a multiple of 8, not above L. (B, L), on the host.
+
+    Where a text ends is where its last token is: one that spells the padding has gaps before.
+    """
+    ends = attention_mask * torch.arange(1, attention_mask.shape[1] + 1)
+    longest = int(ends.max())
+    return min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, attention_mask.shape[1])
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from elip_ds.config.schema import DataConfig
 from elip_ds.data.augment import eval_image, keyed_generator, train_image
-from elip_ds.data.batch import Batch, Skipped, stable_hash
+from elip_ds.data.batch import Batch, Skipped, shortest_length, stable_hash
 from elip_ds.data.corpus import Source
 from elip_ds.data.decode import decode_image
 from elip_ds.data.order import Place
@@ -70,7 +70,7 @@ class PairDataset(Dataset):
     def _batch(self, pairs: list[Pair], skipped: list[Skipped]) -> Batch:
         ids = np.stack([pair.ids for pair in pairs])
         pixels = torch.from_numpy(np.stack([pair.pixels for pair in pairs]))
-        return Batch(
+        batch = Batch(
             images=pixels.permute(0, 3, 1, 2).contiguous(),
             input_ids=torch.from_numpy(ids),
             attention_mask=torch.from_numpy(self.tokenizer.attention_mask(ids)),
@@ -78,6 +78,10 @@ class PairDataset(Dataset):
             keys=tuple(pair.key for pair in pairs),
             skipped=tuple(skipped),
         )
+        # Held-out texts of several batches and ranks are joined and stay of one length.
+        if self.config.pad == "longest" and self.augment:
+            return batch.shortened(shortest_length(batch.attention_mask))
+        return batch
 
     def _usable_pair(self, place: Place, skipped: list[Skipped]) -> Pair:
         """The pair at a place or the next usable one; what lies between is added to skipped."""

@@ -51,10 +51,11 @@ def mask_words(
 ) -> tuple[Tensor, Tensor]:
     """Select words; of those 80 % become [MASK], 10 % a random id of the whole vocabulary.
 
-    input_ids: (B, L).  noise: (B, 3L) uniform in [0, 1).  [CLS], [SEP], [PAD] never are.
+    input_ids: (B, L).  noise: (B, 3L) uniform in [0, 1), three for each word, so that those of a
+    word do not depend on L.  [CLS], [SEP], [PAD] never are.
     Returns masked ids (B, L) and selected (B, L) bool.
     """
-    select, kind, word = noise.chunk(3, dim=1)
+    select, kind, word = noise.unflatten(1, (-1, 3)).unbind(dim=2)
     selected = select < probability
     for special in ("[PAD]", "[CLS]", "[SEP]"):
         selected = selected & (input_ids != special_ids[special])

@@ -30,7 +30,7 @@ SENDS = ("lift_fresh",)
 
 CASES = {
     "albef": ("albef", ["model.text.dropout=0.1"]),
-    "albef, student's choice": ("albef", ["teacher.prune=student"]),
+    "albef, student's choice": ("albef", ["teacher.prune=student", "data.pad=longest"]),
     "albef, own choice, scheduled": (
         "albef",
         [
