@@ -335,7 +335,10 @@ def add_times(
             if turn:  # the first one warms up
                 steps[name].append(taken)
     operations = {
-        name: entry["total"]["forward"] + entry["total"]["backward"]
+        name: (
+            entry["total"]["forward"] + entry["total"]["backward"],
+            entry["total"]["needed_forward"] + entry["total"]["needed_backward"],
+        )
         for name, entry in report["variants"].items()
     }
     times = summarise(steps, batch_size=args.batch, operations=operations, peak=peak)
@@ -420,7 +423,14 @@ def time_table(report: dict[str, Any]) -> Table:
     first = next(iter(report["variants"]))
     table = Table("")
     seconds = [f"s {phase}" for phase in PHASES]
-    for column in ("images/s", *seconds, "peak GB", "MFU", f"time / {first} (lowest..highest)"):
+    for column in (
+        "images/s",
+        *seconds,
+        "peak GB",
+        "MFU",
+        "of it needed",
+        f"time / {first} (lowest..highest)",
+    ):
         table.add_column(column, justify="right")
     for name, entry in report["variants"].items():
         time, ratio = entry["time"], entry["time"]["time_against_first"]
@@ -431,6 +441,7 @@ def time_table(report: dict[str, Any]) -> Table:
             *(f"{time['seconds'][phase]:.4g}" for phase in PHASES),
             "?" if peak is None else f"{peak / 1e9:.2f}",
             f"{100 * time['mfu']:.1f} %",
+            f"{100 * time['needed_mfu']:.1f} %",
             f"{ratio['median']:.3f} ({ratio['lowest']:.3f}..{ratio['highest']:.3f})",
         )
     return table

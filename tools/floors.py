@@ -206,8 +206,11 @@ def _meter(config: Config, batch: int, words: float, guessed: float) -> Floor:
         return fusion.depth * (cross_layer(own, other, width, fusion.mlp_ratio) + keys)
 
     once = linear(words, text.width, width) + linear(tokens, model.vision.width, width)
-    once += stream(words, tokens) + stream(tokens, words) + linear(2, width, width)
-    total.add("fusion", passes * once)
+    once += stream(words, tokens) + stream(tokens, words)
+    unread = stream(tokens, words) / fusion.depth  # MLM reads no image after the last layer
+    total.add("fusion", passes * once - (unread if mlm else 0.0))
+    if itm:  # the poolers
+        total.add("fusion", linear(2, width, width))
     if itm:
         total.add("heads", linear(1, 2 * width, 2))
     guess = guessed * linear(1, width, width + text.vocab_size)
@@ -215,7 +218,7 @@ def _meter(config: Config, batch: int, words: float, guessed: float) -> Floor:
         total.add("heads", guess)
     if mlm and mlm.alpha > 0:
         encode = text.depth * layer(words, text.width, text.mlp_ratio)
-        total.teach(encode + once + guess)
+        total.teach(encode + once - unread + guess)
     return total.floor()
 
 

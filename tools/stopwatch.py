@@ -233,13 +233,14 @@ def summarise(
     steps: Mapping[str, list[dict[str, Any]]],
     *,
     batch_size: int,
-    operations: Mapping[str, float],
+    operations: Mapping[str, tuple[float, float]],
     peak: float,
 ) -> dict[str, dict[str, Any]]:
     """Of each variant's steps, taken in turns: medians, and how its times compare with the first
     variant's, pair by pair.
 
-    operations: of one image.  peak: operations a second that the device has shown.
+    operations: of one image, as counted and as needed.  peak: operations a second that the device
+    has shown.
     """
     first = next(iter(steps))
     summary = {}
@@ -250,6 +251,7 @@ def summarise(
         ]
         peaks = [step["peak_bytes"] for step in taken if step["peak_bytes"] is not None]
         middle = statistics.median(total)
+        counted, needed = operations[name]
         summary[name] = {
             "images_per_second": batch_size / middle,
             "seconds": {
@@ -258,7 +260,8 @@ def summarise(
             },
             "all_seconds": total,
             "peak_bytes": max(peaks) if peaks else None,
-            "mfu": operations[name] * batch_size / middle / peak,
+            "mfu": counted * batch_size / middle / peak,
+            "needed_mfu": needed * batch_size / middle / peak,
             "time_against_first": {
                 "median": statistics.median(ratios),
                 "lowest": min(ratios),
