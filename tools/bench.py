@@ -11,7 +11,8 @@ The model has the preset's size, with random weights, images and full-length cap
 shards and no vocabulary. Operations are two a multiply-add, of matrix products, convolutions and
 attention as plain products. Bytes are what the forward leaves alive for the backward: the slope
 between half the batch and all of it, and what does not grow with the batch by the step. "needed" is
-the closed form of tools/floors.py. Variants are timed in turns: a step of each, then again.
+the closed form of tools/floors.py. Variants are timed in turns: a step of each, then again. Kernels
+differ by device and precision, and the bytes with them: count on the device that is to train.
 """
 
 import argparse
@@ -408,9 +409,9 @@ def count_table(name: str, entry: dict[str, Any]) -> Table:
         cells.append(row["kept_bytes"] / 1e6)
         if not entry["recomputes"]:
             cells.append(row["saved_bytes"] / 1e6)
-        cells.append(row["kept_bytes_per_step"] / 1e6)
-        # What grows with the batch squared is small, and makes the last column's remainder.
-        table.add_row(part, *(f"{cell:.4g}" if cell > 1e-4 else "0" for cell in cells))
+        # What grows with the batch squared leaves a small remainder of either sign.
+        cells.append(max(0.0, round(row["kept_bytes_per_step"] / 1e6, 2)))
+        table.add_row(part, *(f"{cell:.4g}" for cell in cells))
     total = entry["total"]
     table.caption = (
         f"forward and backward {(total['forward'] + total['backward']) / 1e9:.4g} GFLOP, needed "

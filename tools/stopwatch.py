@@ -24,6 +24,7 @@ from elip_ds.batching import Plan
 from elip_ds.config import Config
 from elip_ds.data import Batch
 from elip_ds.errors import UserError
+from elip_ds.objectives import StepContext
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -60,6 +61,8 @@ class BareLoop:
 
         self.task: Any = task
         self._device, self._dtype = device, dtype
+        if compiled:
+            leave_draws_uncompiled()
         self._forward = torch.compile(task) if compiled else task
         self.optimizer = optimizer or build_optimizer(
             task, config.optim, offload=False, device=device
@@ -124,6 +127,7 @@ class DeepSpeedLoop:
             deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         self._engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
         if compiled:
+            leave_draws_uncompiled()
             self._engine.compile()
         self.task = task
         if task.teacher is not None:
@@ -141,6 +145,11 @@ class DeepSpeedLoop:
         self.task.after_step(PROGRESS, self._local)
         if self.task.teacher is not None:
             self._refresh(self.task.teacher.parameters())
+
+
+def leave_draws_uncompiled() -> None:
+    """The noise is made of integers that wrap at 64 bits; inductor has no number so large."""
+    StepContext.noise = torch.compiler.disable(StepContext.noise)  # type: ignore[method-assign]
 
 
 def time_step(loop: Any, batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
