@@ -382,6 +382,7 @@ def test_the_command_counts_times_and_draws(model, tmp_path, capsys):
     assert "<svg" in svg and svg.rstrip().endswith("</svg>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_lower_precision_keeps_fewer_bytes_and_computes_the_same(plain):
     variant = bench.Variant("one", load_config(tiny_words()), plain=plain)
