@@ -3,8 +3,8 @@
 Of one image and its caption, in the units of counts.py. The student forward and twice that
 backward, where a gradient is asked for; the look-ahead and the teacher forward only. Every vector
 is projected once, whoever reads it; of the look-ahead's last block only the class token's attention
-row is needed; words are scored where they are guessed. Sequences stay whole: a loss that reads a
-class token alone asks for all of the last layer here, so that code may fall below this.
+row is needed; words are scored where they are guessed. Of the last layer of what a matching head
+reads, the class token alone is needed.
 
 N image tokens, L text tokens, D width.
 """
@@ -64,6 +64,12 @@ def cross_layer(tokens: float, context: float, width: int, mlp_ratio: float) -> 
     return layer(tokens, width, mlp_ratio) + cross
 
 
+def last_cross_layer(tokens: float, context: float, width: int, mlp_ratio: float) -> float:
+    """A cross_layer for the class token alone: of the others only self-attention's keys, values."""
+    attend = linear(1, width, 4 * width) + attention(1, tokens + context, width)
+    return linear(tokens, width, 2 * width) + attend + feed_forward(1, width, mlp_ratio)
+
+
 def patch_embedding(vision: Any) -> float:
     return linear(vision.num_patches, 3 * vision.patch_size**2, vision.width)
 
@@ -121,9 +127,9 @@ class _Sum:
 
     def teach(self, text: float) -> int:
         """The teacher's image, and what it makes of texts.  Returns the image's tokens."""
-        vision, pruned = self.config.model.vision, self.config.teacher.prune
-        lengths = vision_lengths(self.config, pruned)
-        ahead = look_ahead(self.config) if pruned else 0.0
+        vision, prune = self.config.model.vision, self.config.teacher.prune
+        lengths = vision_lengths(self.config, prune != "off")
+        ahead = look_ahead(self.config) if prune == "own" else 0.0
         seen = blocks(vision, lengths) + patch_embedding(vision) + ahead
         self.add("teacher", seen + text, backward=0)
         return lengths[-1]
@@ -150,15 +156,18 @@ def _albef(config: Config, batch: int, words: float, guessed: float) -> Floor:
     encode = text.fusion_layer * layer(words, width, text.mlp_ratio)
     upper = text.depth - text.fusion_layer
 
-    def fuse(rows: int, tokens: int) -> float:
-        keys = linear(tokens, model.vision.width, 2 * width)
-        return upper * (rows * cross_layer(words, tokens, width, text.mlp_ratio) + keys)
+    def fuse(whole: int, pooled: int, tokens: int) -> float:
+        """So many texts of which words are wanted, and so many of which the class token is."""
+        sizes = words, tokens, width, text.mlp_ratio
+        below = (upper - 1) * (whole + pooled) * cross_layer(*sizes)
+        last = whole * cross_layer(*sizes) + pooled * last_cross_layer(*sizes)
+        return below + last + upper * linear(tokens, model.vision.width, 2 * width)
 
     tokens = total.see()
     total.add("text", encode * (2 if mlm else 1))
     total.contrast(batch)
-    rows = (3 if itm else 0) + (1 if mlm else 0)
-    total.add("fusion", fuse(rows, tokens) if rows else 0.0)
+    if itm or mlm:
+        total.add("fusion", fuse(1 if mlm else 0, 3 if itm else 0, tokens))
     if itm:
         total.add("heads", 3 * linear(1, width, 2))
     guess = guessed * (linear(1, width, width) + linear(1, width, text.vocab_size))
@@ -167,7 +176,7 @@ def _albef(config: Config, batch: int, words: float, guessed: float) -> Floor:
     if "itc" in losses or (mlm and mlm.alpha > 0):
         seen = total.teach(encode)
         if mlm and mlm.alpha > 0:
-            total.add("teacher", encode + fuse(1, seen) + guess, backward=0)
+            total.add("teacher", encode + fuse(1, 0, seen) + guess, backward=0)
     return total.floor()
 
 
@@ -179,11 +188,14 @@ def _blip(config: Config, batch: int, words: float, guessed: float) -> Floor:
     encode = text.depth * layer(words, width, text.mlp_ratio)
     total.add("text", encode)
     total.contrast(batch)
-    rows = (3 if itm else 0) + (1 if lm else 0)
-    if rows:
-        keys = linear(tokens, model.vision.width, 2 * width)
-        row = cross_layer(words, tokens, width, text.mlp_ratio)
-        total.add("fusion", text.depth * (rows * row + keys))
+    sizes = words, tokens, width, text.mlp_ratio
+    if itm or lm:
+        total.add("fusion", text.depth * linear(tokens, model.vision.width, 2 * width))
+    if itm:
+        total.add("fusion", 3 * (text.depth - 1) * cross_layer(*sizes))
+        total.add("fusion", 3 * last_cross_layer(*sizes))
+    if lm:
+        total.add("fusion", text.depth * cross_layer(*sizes))
     if itm:
         total.add("heads", 3 * linear(1, width, 2))
     if lm:

@@ -24,7 +24,6 @@ from elip_ds.batching import Plan
 from elip_ds.config import Config
 from elip_ds.data import Batch
 from elip_ds.errors import UserError
-from elip_ds.objectives import StepContext
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -57,20 +56,18 @@ class BareLoop:
         compiled: bool,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
+        from elip_ds.engine.compile import compile_blocks
         from elip_ds.engine.optim import build_optimizer
 
         self.task: Any = task
         self._device, self._dtype = device, dtype
         if compiled:
-            leave_draws_uncompiled()
-        self._forward = torch.compile(task) if compiled else task
-        self.optimizer = optimizer or build_optimizer(
-            task, config.optim, offload=False, device=device
-        )
+            compile_blocks(task)
+        self.optimizer = optimizer or build_optimizer(task, config.optim)
 
     def forward(self, batch: Batch) -> Tensor:
         with autocast(self._device, self._dtype):
-            return self._forward(batch, PROGRESS).total
+            return self.task(batch, PROGRESS).total
 
     def backward(self, total: Tensor) -> None:
         total.backward()
@@ -106,6 +103,7 @@ class DeepSpeedLoop:
             )
         import deepspeed
 
+        from elip_ds.engine.compile import check_compile, compile_blocks
         from elip_ds.engine.ds_config import fill_ds_config
         from elip_ds.engine.optim import build_optimizer
         from elip_ds.engine.sharding import local_tensor, refresh
@@ -118,17 +116,17 @@ class DeepSpeedLoop:
             plan=Plan(batch_size, 1, 1),
             device=device,
         )
-        offload = settings["zero_optimization"].get("offload_optimizer") or {}
-        optimizer = build_optimizer(
-            task, config.optim, offload=offload.get("device", "none") != "none", device=device
-        )
+        check_compile(compiled, stage)
+        target = settings["zero_optimization"].get("offload_optimizer") or {}
+        offload = target.get("device", "none") != "none"
+        kernel = "deepspeed" if offload and device.type == "cuda" else "torch"
+        optimizer = build_optimizer(task, config.optim, kernel=kernel, offload=offload)
+        if compiled:
+            compile_blocks(task)
         if device.type == "cpu":
             # It would compile a shared-memory all-reduce for over a minute; gloo has one.
             deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         self._engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
-        if compiled:
-            leave_draws_uncompiled()
-            self._engine.compile()
         self.task = task
         if task.teacher is not None:
             task.teacher.masters(local_tensor)
@@ -145,11 +143,6 @@ class DeepSpeedLoop:
         self.task.after_step(PROGRESS, self._local)
         if self.task.teacher is not None:
             self._refresh(self.task.teacher.parameters())
-
-
-def leave_draws_uncompiled() -> None:
-    """The noise is made of integers that wrap at 64 bits; inductor has no number so large."""
-    StepContext.noise = torch.compiler.disable(StepContext.noise)  # type: ignore[method-assign]
 
 
 def time_step(loop: Any, batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

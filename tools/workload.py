@@ -70,6 +70,11 @@ class NaiveTask(nn.Module):
 
     def __init__(self, task: Pretrain, config: Config) -> None:
         super().__init__()
+        if config.teacher.prune == "student" or config.pruning.schedule:
+            raise UserError(
+                "the naive step knows neither teacher.prune=student nor pruning.schedule; compare "
+                "with it without them, and give them to --variants"
+            )
         self.task, self.config = task, config
         self._last: naive.NaiveLoss | None = None
         self._keys_written = 0

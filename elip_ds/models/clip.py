@@ -91,6 +91,12 @@ class CLIP(nn.Module):
         """Of the joint space."""
         return self.config.embed_dim
 
+    def only_joint_space(self) -> None:
+        """From now on image_embeds and text_embeds are of the one token that the joint space reads,
+        (B, 1, W) and (B, 1, D): nothing reads more.
+        """
+        self.visual.class_only = self.text.ends_only = True
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
         """input_ids, attention_mask: (B, L).  text_class carries no gradient."""
         states, pooled = self.text(input_ids)

@@ -5,6 +5,7 @@ Source: ALBEF section 3.2 (theta_m <- m theta_m + (1 - m) theta once per optimiz
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ LocalTensor = Callable[[nn.Parameter], Tensor]
 
 
 class MomentumTwin(nn.Module):
-    """A frozen copy of a model, without the modules whose names it lists as `twin_without`.
+    """A frozen copy of a model, without the modules whose names it lists as `twin_without`: it then
+    serves the joint space alone.
 
     It lives inside the trained module, so that ZeRO-3 shards and gathers it like the rest; update()
     moves only what this rank holds. In half precision the increments, (1 - m) of a difference,
@@ -23,11 +25,14 @@ class MomentumTwin(nn.Module):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        self.model = copy.deepcopy(student).requires_grad_(False)
+        # Any, because to a type checker every attribute of an nn.Module may be a tensor.
+        self.model: Any = copy.deepcopy(student).requires_grad_(False)
         for name in getattr(student, "twin_without", ()):  # few models have it
             for module in self.model.modules():
                 if name in dict(module.named_children()):
                     delattr(module, name)
+        if hasattr(student, "twin_without"):
+            self.model.only_joint_space()
         self._masters: list[Tensor] | None = None
 
     def masters(self, local: LocalTensor) -> list[Tensor]:

@@ -62,6 +62,10 @@ class TwoTowers(nn.Module):
         """Of the joint space; 0 where there is none."""
         return self.config.embed_dim
 
+    def only_joint_space(self) -> None:
+        """From now on image_embeds are of the class token alone, (B, 1, W): nothing reads more."""
+        self.visual.class_only = True
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
         """input_ids, attention_mask: (B, L)."""
         states = self.text.encode(input_ids, attention_mask)

@@ -8,6 +8,7 @@ B local batch, L text tokens, D width.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,7 +60,9 @@ class LM(Objective):
         losses, nats, hits = in_pieces(judge, self.setup.vocab_size, states, targets.flatten())
         # The mean number of words a rank, so that the mean over ranks is the mean over words.
         count = dist.sum_over_ranks(real.sum()).clamp(min=1) / dist.world_size()
-        value, nats_per_word, accuracy = ((x * real).sum() / count for x in (losses, nats, hits))
+        value, nats_per_word, accuracy = (
+            torch.where(real, x, 0.0).sum() / count for x in (losses, nats, hits)
+        )
         return Loss(
             values={"lm": value},
             logs={"lm_accuracy": accuracy, "lm_nats_per_word": nats_per_word},  # not smoothed

@@ -119,5 +119,5 @@ class MLM(Objective):
         losses, hits = in_pieces(judge, self.setup.vocab_size, *rows)
         # The mean number of words a rank, so that the mean over ranks is the mean over words.
         count = dist.sum_over_ranks(selected.sum()).clamp(min=1) / dist.world_size()
-        value, accuracy = ((x * selected).sum() / count for x in (losses, hits))
+        value, accuracy = (torch.where(selected, x, 0.0).sum() / count for x in (losses, hits))
         return Loss(values={"mlm": value}, logs={"mlm_accuracy": accuracy}, carry={})

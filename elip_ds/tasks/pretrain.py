@@ -57,6 +57,9 @@ class Pretrain(nn.Module):
         self.objectives: Any = nn.ModuleDict(objectives)
         taught = any("teacher" in o.needs(o.config) for o in objectives.values())
         self.teacher = MomentumTwin(model) if taught else None
+        lean: Any = model
+        if not {"fusion", "words", "decoder"} & lean.gives:  # no one reads single tokens
+            lean.only_joint_space()
         self._momentum, self._prune_teacher, self._seed = teacher_momentum, prune_teacher, seed
         self._pruning = pruning
         self._carries: dict[str, list[dict[str, Tensor]]] = {name: [] for name in objectives}

@@ -48,7 +48,9 @@ class CLIPTextConfig:
 
 
 class CLIPText(nn.Module):
-    """ends_only: the last block runs for the end marks alone; for a step that reads no others."""
+    """ends_only, False at first: the last block runs for the end marks alone. It is for a step that
+    reads no other token of it.
+    """
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ through it where others would reach for its weight from outside.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -170,9 +170,24 @@ class Dropout(nn.Dropout):
         return torch.native_dropout(x, self.p, True)[0]
 
 
+class _QuickGELU(torch.autograd.Function):
+    """Keeps its input alone, as torch's GELU does; single operations would keep three tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(1.702 * x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        share = torch.sigmoid(1.702 * x)
+        return grads[0] * share * (1 + 1.702 * x * (1 - share))
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     """OpenAI CLIP's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
+    return _QuickGELU.apply(x)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}

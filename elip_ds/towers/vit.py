@@ -85,6 +85,8 @@ class ViT(nn.Module):
     says.
     keep_base: patches that keep ratios refer to; None: this tower's own.
     match_norm: bring the text's class vector to the norm of the class token before the two mix.
+    class_only, False at first: the last block runs for the class token alone. It is for a step that
+    reads no other token of it.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class ViT(nn.Module):
         elip.check_pruning(pruning, config.depth, keep_base or config.num_patches)
         self.config, self.pruning, self.match_norm = config, elip.settled(pruning), match_norm
         self.keep_base = keep_base or config.num_patches
+        self.class_only = False
         clip = config.layout == "clip"
         width, eps = config.width, 1e-5 if clip else 1e-6
         self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=not clip)
@@ -131,7 +134,8 @@ class ViT(nn.Module):
         replay: what a tower of the same schedule did to these images; it is done again, and neither
         text nor look-ahead is needed.
 
-        Returns tokens (B, L, D) after the final norm, class token first, and what pruning did.
+        Returns tokens (B, L, D) after the final norm, class token first, or with class_only
+        (B, 1, D), and what pruning did.
         """
         # Channels last, the convolution's result is (B, N, D) in memory, and nothing is transposed.
         images = images.contiguous(memory_format=torch.channels_last)
@@ -155,7 +159,9 @@ class ViT(nn.Module):
                         index = elip.pass_over(index)
                     else:
                         x, index = pruned.tokens, elip.follow(index, pruned, number)
-                x = run(block, x)
+                last = layer == len(self.blocks) - 1
+                class_token = index.owner.new_zeros(len(x)) if self.class_only and last else None
+                x = run(block, x, class_token)
         return self.norm(x), index
 
     def _stages(

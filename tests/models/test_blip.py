@@ -343,7 +343,9 @@ def test_the_twin_encodes_as_the_student_does_and_holds_nothing_else(model, tiny
     text, twin_text = model.encode_text(ids, mask), twin.encode_text(ids, mask)
     assert torch.equal(text.text_feat, twin_text.text_feat)
     image, twin_image = (m.encode_image(tiny_batch.images, text) for m in (model, twin))
-    assert torch.equal(image.image_feat, twin_image.image_feat)
+    # Of its last block the twin computes the class token alone, by smaller products.
+    torch.testing.assert_close(image.image_feat, twin_image.image_feat, atol=1e-6, rtol=0)
+    assert twin_image.image_embeds.shape[1] == 1
     (twin_text.text_feat.sum() + twin_image.image_feat.sum()).backward()
     unread = {n for n, p in twin.named_parameters() if p.grad is None}
     assert unread == {"temperature.temperature"}  # the twin uses the student's

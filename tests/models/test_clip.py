@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_batch, tiny_task
 
 from elip_ds.config import PruningConfig, Stage
 from elip_ds.errors import UserError
@@ -408,3 +409,18 @@ def test_widths_may_differ_where_the_guide_is_projected():
     images, ids = make_inputs(model)
     image = model.encode_image(images, model.encode_text(ids, torch.ones_like(ids)))
     assert image.keep.lengths == (53, 34)
+
+
+def test_a_step_that_reads_the_joint_space_alone_gets_the_same_features():
+    batch = random_batch(8)
+    whole, lean = tiny_task(model="clip").model, tiny_task(model="clip").model
+    whole.visual.class_only = whole.text.ends_only = False
+    for model, tokens in ((whole, None), (lean, 1)):
+        text = model.encode_text(batch.input_ids, batch.attention_mask)
+        image = model.encode_image(batch.images, text)
+        assert tokens in (None, text.text_embeds.shape[1])
+        assert tokens in (None, image.image_embeds.shape[1])
+        model.found = text.text_feat, image.image_feat, image.keep.origin
+    assert torch.equal(whole.found[2], lean.found[2])
+    for a, b in zip(whole.found[:2], lean.found[:2], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

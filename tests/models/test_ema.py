@@ -101,6 +101,7 @@ class Thrifty(nn.Module):
     """A twin needs no head, and of the body not the extra layer."""
 
     twin_without = ("head", "extra")
+    whole = True
 
     def __init__(self):
         super().__init__()
@@ -108,6 +109,9 @@ class Thrifty(nn.Module):
         self.body = nn.Sequential(nn.Linear(3, 3))
         self.body.extra = nn.Linear(3, 5)
         self.tail = nn.Linear(3, 2)
+
+    def only_joint_space(self):
+        self.whole = False
 
 
 def test_a_twin_lacks_what_its_model_says_it_can_do_without():
@@ -117,6 +121,7 @@ def test_a_twin_lacks_what_its_model_says_it_can_do_without():
         "body.0.weight", "body.0.bias", "tail.weight", "tail.bias"
     ]  # fmt: skip
     assert len(list(student.parameters())) == 8
+    assert student.whole and not twin.whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -165,6 +165,9 @@ class Numbered(nn.Module):
         self.axes = nn.Parameter(torch.eye(width))
         self.dropout = nn.Dropout(0.5)
 
+    def only_joint_space(self):
+        """It makes nothing else."""
+
     def encode_text(self, input_ids, attention_mask):
         feat = self.dropout(self.axes[input_ids[:, 1]])
         return TextFeatures(input_ids, attention_mask, feat, feat, feat)

@@ -110,7 +110,7 @@ class _Step:
         if self._taught is None:
             with torch.no_grad(), part("teacher"):
                 text = self.teacher.encode_text(self.batch.input_ids, self.batch.attention_mask)
-                guide = text if self.config.teacher.prune else None
+                guide = text if self.config.teacher.prune == "own" else None
                 self._taught = text, self.teacher.encode_image(self.batch.images, guide)
         return self._taught
 
@@ -211,7 +211,7 @@ class _Step:
         with torch.no_grad(), part("teacher"):
             text = self.teacher.encode_text(masked, mask)
             image = self.taught()[1]
-            if self.config.teacher.prune and not clean:
+            if self.config.teacher.prune == "own" and not clean:
                 image = self.teacher.encode_image(self.batch.images, text)
             states, _ = self.teacher.fuse(text, image.tokens)
             target = self.teacher.word_logits(states).float().softmax(dim=-1)
