@@ -25,14 +25,14 @@ class MomentumTwin(nn.Module):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        # Any, because to a type checker every attribute of an nn.Module may be a tensor.
-        self.model: Any = copy.deepcopy(student).requires_grad_(False)
+        twin: Any = copy.deepcopy(student).requires_grad_(False)
+        self.model: nn.Module = twin
         for name in getattr(student, "twin_without", ()):  # few models have it
             for module in self.model.modules():
                 if name in dict(module.named_children()):
                     delattr(module, name)
         if hasattr(student, "twin_without"):
-            self.model.only_joint_space()
+            twin.only_joint_space()
         self._masters: list[Tensor] | None = None
 
     def masters(self, local: LocalTensor) -> list[Tensor]:
