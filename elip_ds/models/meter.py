@@ -19,7 +19,7 @@ from elip_ds.config import PruningConfig
 from elip_ds.errors import UserError
 from elip_ds.models.features import Fused, ImageFeatures, TextFeatures
 from elip_ds.models.joint import ModelConfig
-from elip_ds.towers.bert import EPS
+from elip_ds.towers.bert import EPS, Pairing
 from elip_ds.towers.coattention import CoAttentionConfig, coattend, stream
 from elip_ds.towers.layers import init_linear_and_norm, init_std
 from elip_ds.towers.pruning import KeepIndex, check_pruning
@@ -117,8 +117,15 @@ class METER(nn.Module):
         tokens, keep = self.visual(images, text_class, keep_ratios, replay)
         return ImageFeatures(tokens, keep)
 
-    def fuse(self, text: TextFeatures, image: ImageFeatures) -> Fused:
-        """Row i of the text and row i of the image read each other."""
+    def fuse(
+        self, text: TextFeatures, image: ImageFeatures, pairing: Pairing | None = None
+    ) -> Fused:
+        """Row i of the text and row i of the image read each other.
+
+        pairing: of one text for an image, words or pooled, what is wanted; None: both.
+        """
+        assert pairing is None or (len(pairing.own) == 1 and pairing.others is None), pairing
+        wants_words, wants_pooled = pairing is None or pairing.own[0], pairing != Pairing()
         words = self.cross_modal_text_transform(text.text_embeds)
         patches = self.cross_modal_image_transform(image.image_embeds)
         kinds = torch.arange(2, device=words.device)
@@ -131,10 +138,14 @@ class METER(nn.Module):
             text.attention_mask,
             recompute=self.config.fusion.recompute,
             training=self.training,
+            words=wants_words,
+            pooled=wants_pooled,
         )
+        if not wants_pooled:
+            return Fused(words, words.new_zeros(0, self.pooled_width))
         pooled_text = self.cross_modal_text_pooler(words[:, 0]).tanh()
         pooled_image = self.cross_modal_image_pooler(patches[:, 0]).tanh()
-        return Fused(words, torch.cat([pooled_text, pooled_image], dim=1))
+        return Fused(words if wants_words else words[:0], torch.cat([pooled_text, pooled_image], 1))
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """Masked words guessed: (..., D) -> (..., V)."""

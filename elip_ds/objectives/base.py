@@ -237,8 +237,9 @@ class StepContext:
         image = self.run(every[0].image._replace(tower="seen"))
         own = [text for pairs in every for text in pairs.own]
         others = [other for pairs in every for other in pairs.others]
-        if len(every) == len(own) == 1 and not others and every[0].words:
-            return {objective: self.model().fuse(own[0], image) for objective in asked}
+        if len(every) == len(own) == 1 and not others:
+            alone = Pairing((every[0].words,))
+            return {objective: self.model().fuse(own[0], image, alone) for objective in asked}
         wants_words = tuple(pairs.words for pairs in every for _ in pairs.own)
         rows = torch.cat([rows for _, rows in others]) if others else None
         texts = TextFeatures.pile(own, [text for text, _ in others])

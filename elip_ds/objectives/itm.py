@@ -83,8 +83,12 @@ class ITM(Objective):
         return frozenset({"fusion", *hard})
 
     def forward(self, context: StepContext) -> Loss:
-        draw = self._hard if self.config.negatives == "hard" else self._random
-        pooled, labels = draw(context)
+        pooled = context.fused(self).pooled
+        if self.config.negatives == "hard":  # (3B, P): pairs and wrong texts in turn, wrong images
+            rows = torch.arange(len(pooled), device=pooled.device)
+            labels = ((rows < 2 * len(context.batch)) & (rows % 2 == 0)).long()
+        else:
+            _, labels = draw_matches(context.noise("itm", 2))
         logits = self.head(pooled).float()
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return Loss(
@@ -93,25 +97,16 @@ class ITM(Objective):
             carry={},
         )
 
-    def pairs(self, context: StepContext) -> Pairs | None:
-        """True pairs, each image with a wrong text, and each text with a wrong image. Images keep
-        the tokens that their own captions chose.
+    def pairs(self, context: StepContext) -> Pairs:
+        """Hard: true pairs, each image with a wrong text, and each text with a wrong image. Images
+        keep the tokens that their own captions chose. Random: each text with one image, which is
+        pruned by it.
         """
-        if self.config.negatives != "hard":
-            return None
-        noise = context.noise("itm", 2)
-        text = context.run(Pass("text"))
+        noise, text = context.noise("itm", 2), context.run(Pass("text"))
+        if self.config.negatives == "random":
+            rows, _ = draw_matches(noise)
+            context.views["matched"] = context.batch.images[rows]
+            return Pairs(Pass("image", view="matched"), (text,))
         image_for_text = draw_negatives(context.given["sim_t2i"], noise[:, 0])
         text_for_image = draw_negatives(context.given["sim_i2t"], noise[:, 1])
         return Pairs(Pass("image"), (text, text.take(text_for_image)), ((text, image_for_text),))
-
-    def _hard(self, context: StepContext) -> tuple[Tensor, Tensor]:
-        pooled = context.fused(self).pooled  # (3B, P): pairs and wrong texts in turn, wrong images
-        rows = torch.arange(len(pooled), device=pooled.device)
-        return pooled, ((rows < 2 * len(context.batch)) & (rows % 2 == 0)).long()
-
-    def _random(self, context: StepContext) -> tuple[Tensor, Tensor]:
-        """One pass of B rows; each image is pruned by the text that it is paired with."""
-        rows, labels = draw_matches(context.noise("itm", 2))
-        context.views["matched"] = context.batch.images[rows]
-        return context.run(Pass("fusion", view="matched")).pooled, labels

@@ -57,24 +57,40 @@ def coattend(
     *,
     recompute: str,
     training: bool,
+    words: bool = True,
+    pooled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """text (B, L, D), image (B, M, D) -> both, after the two streams' layers of equal number.
 
     attention_mask: (B, L) of the text; no stream sees its padding.  Layer l of either stream reads
     what layer l - 1 of the other gave, so neither runs ahead.
     recompute, training: see towers.recompute.
+    words: all states of the text are wanted; False: the first alone, (B, 1, D).
+    pooled: the first state of the image is wanted, too; the last layer gives no other, (B, 1, D),
+    or without pooled none, (B, 0, D).
     """
     visible = attention_mask.bool()[:, None, None, :]
+    last = len(text_layers) - 1
     with keeping(recompute, training) as run:
-        for text_layer, image_layer in zip(text_layers, image_layers, strict=True):
-            text, image = (
-                run(partial(_read, text_layer), text, visible, image, None),
-                run(partial(_read, image_layer), image, None, text, visible),
-            )
+        for number, (of_text, of_image) in enumerate(zip(text_layers, image_layers, strict=True)):
+            text_asks = "class" if number == last and not words else "all"
+            image_asks = "class" if number == last else "all"
+            before = text
+            text = run(partial(_read, of_text, text_asks), text, visible, image, None)
+            if number < last or pooled:
+                image = run(partial(_read, of_image, image_asks), image, None, before, visible)
+            else:
+                image = image[:, :0]
     return text, image
 
 
 def _read(
-    layer: Any, x: Tensor, visible: Tensor | None, other: Tensor, other_visible: Tensor | None
+    layer: Any,
+    asks: str,
+    x: Tensor,
+    visible: Tensor | None,
+    other: Tensor,
+    other_visible: Tensor | None,
 ) -> Tensor:
-    return layer(x, visible, layer.cross.key_value(other), other_visible)
+    seen = layer.cross.key_value(other)
+    return layer(x, visible, seen, other_visible, False, None, asks)

@@ -410,7 +410,7 @@ def test_masked_text_prunes_the_image_of_the_masked_pass_and_leaks_no_word():
         Pass("image", guide="masked"),
         Pass("image", view="matched"),
         Pass("seen", guide="masked"),  # which MLM's pairs are fused with
-        Pass("fusion", view="matched"),
+        Pass("seen", view="matched"),
     }
 
 

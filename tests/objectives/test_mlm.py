@@ -33,7 +33,7 @@ def build_mlm(**config):
 def context_of(batch, student, teacher, epoch=1.0):
     """A context whose fused states are already word logits: student, teacher (B, L, V)."""
     model = SimpleNamespace(
-        word_logits=lambda hidden: hidden, fuse=lambda text, image: Fused(student, student[:, 0])
+        word_logits=lambda hidden: hidden, fuse=lambda *_: Fused(student, student[:, 0])
     )
     progress = Progress(step=1, samples_seen=round(epoch * 1000), samples_per_epoch=1000)
     context = StepContext(batch, {"student": model, "teacher": model}, progress)

@@ -105,7 +105,22 @@ def test_both_streams_equal_the_formulas(config):
     text, image = run(streams, inputs)
     for b, (words, patches) in enumerate(slow_coattend(*streams, *inputs, config.heads)):
         assert largest(text[b, : LENGTHS[b]], words) <= 2e-5
-        assert largest(image[b], patches) <= 2e-5
+        assert image[b].shape == patches[:1].shape  # of the last layer nothing reads the others
+        assert largest(image[b], patches[:1]) <= 2e-5
+
+
+@pytest.mark.parametrize("words", [True, False])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_what_is_not_wanted_is_not_made_and_changes_nothing_else(words, pooled):
+    streams, (text, image, mask) = make_streams(), make_inputs()
+    whole = run(streams, (text, image, mask))
+    part = coattend(
+        *streams, text, image, mask, recompute="none", training=True, words=words, pooled=pooled
+    )
+    wanted = (text.shape[1] if words else 1, 1 if pooled else 0)
+    assert tuple(x.shape[1] for x in part) == wanted
+    for some, all_of_it in zip(part, whole, strict=True):
+        torch.testing.assert_close(some, all_of_it[:, : some.shape[1]], atol=2e-6, rtol=1e-5)
 
 
 def test_gradients_of_weights_and_inputs_equal_those_of_the_formulas():
@@ -119,10 +134,10 @@ def test_gradients_of_weights_and_inputs_equal_those_of_the_formulas():
     words, patches = run(streams, (text, image, mask))
     real = mask.unsqueeze(-1)
     fast = torch.autograd.grad(
-        (words * real * pull_text).sum() + (patches * pull_image).sum(), wanted
+        (words * real * pull_text).sum() + (patches * pull_image[:, :1]).sum(), wanted
     )
     slow_loss = sum(
-        (w * pull_text[b, : len(w)]).sum() + (p * pull_image[b]).sum()
+        (w * pull_text[b, : len(w)]).sum() + (p[:1] * pull_image[b, :1]).sum()
         for b, (w, p) in enumerate(slow_coattend(*streams, text, image, mask, TINY.heads))
     )
     for mine, theirs in zip(fast, torch.autograd.grad(slow_loss, wanted), strict=True):
