@@ -57,8 +57,8 @@ def soft_contrast(
     each, are all that is read, and p and t, (R, K) each, are forgotten row by row.
     """
     with torch.no_grad():
-        total, mean = attend(x, keys, temperature)
-        _, target = attend(teacher, keys, temperature)
+        both = attend(torch.cat([x, teacher]), keys, temperature)  # the keys are read once for both
+        total, (mean, target) = both.total[: len(x)], both.mean.split(len(x))
         target = alpha * target + (1 - alpha) * keys[0][own]
         value = total - (x * target).sum(dim=1) / temperature
     slope = (x * (mean - target)).sum(dim=1) / temperature
