@@ -11,6 +11,7 @@ A checkpoint is a folder step-00000123 with
 and `latest`, beside the folders, names the newest, for DeepSpeed's tools and for people.
 """
 
+import copyreg
 import json
 import os
 import shutil
@@ -21,9 +22,14 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors import SafetensorError
 
 from elip_ds.run import META, list_checkpoints
+
+# Some versions of Python pickle a member of an enumeration as getattr(class, name), and getattr is
+# nothing that a weights-only load may call.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def checkpoint_name(step: int) -> str:
@@ -113,7 +119,6 @@ class CarefulFiles(TorchCheckpointEngine):
 def weights_only_classes() -> list[Any]:
     """Classes that DeepSpeed puts into its files and that a weights-only load may build."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]

@@ -8,6 +8,7 @@ read.
 import gzip
 import pickle
 import shutil
+import struct
 import tempfile
 import warnings
 import zipfile
@@ -23,6 +24,12 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from elip_ds.errors import UserError
+
+DAMAGED = (
+    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, TypeError),
+    *(KeyError, IndexError, AssertionError),
+)
+"What reading a pickle raises where the file is cut off or bent, by Python's version."
 
 # Whose classes are left in checkpoints beside the weights. None is imported; OrderedDict, which
 # takes whatever a pickle puts into it, stands in for all.
@@ -114,7 +121,7 @@ def _read_script(path: Path, named: Path) -> dict[str, Tensor]:
 def _unpickle_zip(path: Path, named: Path) -> Any:
     try:
         foreign = get_unsafe_globals_in_checkpoint(path)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         raise _damaged(named, error) from None
     stand_ins: list[Any] = [(OrderedDict, name) for name in foreign if _is_bystander(name)]
     other = [name for name in foreign if not _is_bystander(name)]
@@ -142,7 +149,7 @@ def _unpickle(path: Path, named: Path, mmap: bool | None = None) -> Any:
                 f"{named} holds more than weights; nothing was run ({_short(what)})"
             ) from None
         raise _damaged(named, error) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except DAMAGED as error:
         raise _damaged(named, error) from None
 
 
