@@ -3,8 +3,9 @@
 Of one image and its caption, in the units of counts.py. The student forward and twice that
 backward, where a gradient is asked for; the look-ahead and the teacher forward only. Every vector
 is projected once, whoever reads it; of the look-ahead's last block only the class token's attention
-row is needed; words are scored where they are guessed. Of the last layer of what a matching head
-reads, the class token alone is needed.
+row is needed; words are scored where they are guessed. Of the last fusion layer of ALBEF and BLIP
+the matching head needs the class token alone. Other last layers are counted whole: where a step
+runs them for the tokens that are read (CLIP, METER, BLIP's twin) it falls below this.
 
 N image tokens, L text tokens, D width.
 """
