@@ -371,7 +371,10 @@ def test_the_command_counts_times_and_draws(model, tmp_path, capsys):
             "needed_mfu", "time_against_first",
         }  # fmt: skip
         assert len(time["all_seconds"]) == 2 and time["images_per_second"] > 0
-        assert 0 < time["needed_mfu"] < time["mfu"] < 1
+        total = entry["total"]
+        needed = total["needed_forward"] + total["needed_backward"]
+        share = needed / (total["forward"] + total["backward"])
+        assert 0 < time["mfu"] < 1 and time["needed_mfu"] == pytest.approx(share * time["mfu"])
         phases = sum(time["seconds"][phase] for phase in stopwatch.PHASES)
         assert phases <= 1.5 * max(time["all_seconds"])
         assert f"{name}, an image" in told
