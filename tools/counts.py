@@ -31,6 +31,7 @@ METHODS = {
     "encode_image": "vision",
     "fuse": "fusion",
     "decode": "fusion",
+    "look": "fusion",
     "word_logits": "heads",
     "temperature": "heads",
 }

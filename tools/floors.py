@@ -3,9 +3,8 @@
 Of one image and its caption, in the units of counts.py. The student forward and twice that
 backward, where a gradient is asked for; the look-ahead and the teacher forward only. Every vector
 is projected once, whoever reads it; of the look-ahead's last block only the class token's attention
-row is needed; words are scored where they are guessed. Of the last fusion layer of ALBEF and BLIP
-the matching head needs the class token alone. Other last layers are counted whole: where a step
-runs them for the tokens that are read (CLIP, METER, BLIP's twin) it falls below this.
+row is needed; words are scored where they are guessed. Of a last layer all is needed that something
+reads: where that is one token, the others' keys and values alone.
 
 N image tokens, L text tokens, D width.
 """
@@ -65,18 +64,27 @@ def cross_layer(tokens: float, context: float, width: int, mlp_ratio: float) -> 
     return layer(tokens, width, mlp_ratio) + cross
 
 
-def last_cross_layer(tokens: float, context: float, width: int, mlp_ratio: float) -> float:
-    """A cross_layer for the class token alone: of the others only self-attention's keys, values."""
-    attend = linear(1, width, 4 * width) + attention(1, tokens + context, width)
+def last_layer(tokens: float, width: int, mlp_ratio: float) -> float:
+    """A layer for one token alone."""
+    attend = linear(1, width, 2 * width) + attention(1, tokens, width)
     return linear(tokens, width, 2 * width) + attend + feed_forward(1, width, mlp_ratio)
+
+
+def last_cross_layer(tokens: float, context: float, width: int, mlp_ratio: float) -> float:
+    """A cross_layer for one token alone."""
+    cross = linear(1, width, 2 * width) + attention(1, context, width)
+    return last_layer(tokens, width, mlp_ratio) + cross
 
 
 def patch_embedding(vision: Any) -> float:
     return linear(vision.num_patches, 3 * vision.patch_size**2, vision.width)
 
 
-def blocks(vision: Any, lengths: Sequence[int]) -> float:
-    return sum(layer(n, vision.width, vision.mlp_ratio) for n in lengths)
+def blocks(tower: Any, lengths: Sequence[float], whole: bool = True) -> float:
+    """Of a tower whose blocks see so many tokens.  whole: more than one of the last are read."""
+    *below, last = lengths
+    size = tower.width, tower.mlp_ratio
+    return sum(layer(n, *size) for n in below) + (layer if whole else last_layer)(last, *size)
 
 
 def vision_lengths(config: Config, pruned: bool = True) -> list[int]:
@@ -118,20 +126,20 @@ class _Sum:
         self.forward[part] = self.forward.get(part, 0.0) + operations
         self.backward[part] = self.backward.get(part, 0.0) + backward * operations
 
-    def see(self, times: int = 1) -> int:
+    def see(self, times: int = 1, whole: bool = True) -> int:
         """The student's images, so many times.  Returns the tokens that remain."""
         vision, lengths = self.config.model.vision, vision_lengths(self.config)
-        self.add("vision", times * blocks(vision, lengths))
+        self.add("vision", times * blocks(vision, lengths, whole))
         self.add("vision", times * patch_embedding(vision), backward=1)  # none for the pixels
         self.add("look-ahead", times * look_ahead(self.config), backward=0)
         return lengths[-1]
 
-    def teach(self, text: float) -> int:
+    def teach(self, text: float, whole: bool = True) -> int:
         """The teacher's image, and what it makes of texts.  Returns the image's tokens."""
         vision, prune = self.config.model.vision, self.config.teacher.prune
         lengths = vision_lengths(self.config, prune != "off")
         ahead = look_ahead(self.config) if prune == "own" else 0.0
-        seen = blocks(vision, lengths) + patch_embedding(vision) + ahead
+        seen = blocks(vision, lengths, whole) + patch_embedding(vision) + ahead
         self.add("teacher", seen + text, backward=0)
         return lengths[-1]
 
@@ -202,7 +210,7 @@ def _blip(config: Config, batch: int, words: float, guessed: float) -> Floor:
     if lm:
         total.add("heads", guessed * linear(1, width, width + text.vocab_size))
     if "itc" in losses:
-        total.teach(encode)
+        total.teach(encode, whole=False)
     return total.floor()
 
 
@@ -214,14 +222,17 @@ def _meter(config: Config, batch: int, words: float, guessed: float) -> Floor:
     tokens = total.see(passes)
     total.add("text", passes * text.depth * layer(words, text.width, text.mlp_ratio))
 
-    def stream(own: float, other: float) -> float:
+    def stream(own: float, other: float, last: str) -> float:
+        """last: of the last layer all is read, one token, or nothing."""
+        sizes = own, other, width, fusion.mlp_ratio
         keys = linear(other, width, 2 * width)
-        return fusion.depth * (cross_layer(own, other, width, fusion.mlp_ratio) + keys)
+        ends = {"all": cross_layer(*sizes) + keys, "one": last_cross_layer(*sizes) + keys}
+        return (fusion.depth - 1) * (cross_layer(*sizes) + keys) + ends.get(last, 0.0)
 
-    once = linear(words, text.width, width) + linear(tokens, model.vision.width, width)
-    once += stream(words, tokens) + stream(tokens, words)
-    unread = stream(tokens, words) / fusion.depth  # MLM reads no image after the last layer
-    total.add("fusion", passes * once - (unread if mlm else 0.0))
+    start = linear(words, text.width, width) + linear(tokens, model.vision.width, width)
+    matched = start + stream(words, tokens, "one") + stream(tokens, words, "one")
+    guessing = start + stream(words, tokens, "all") + stream(tokens, words, "nothing")
+    total.add("fusion", (matched if itm else 0.0) + (guessing if mlm else 0.0))
     if itm:  # the poolers
         total.add("fusion", linear(2, width, width))
     if itm:
@@ -231,15 +242,15 @@ def _meter(config: Config, batch: int, words: float, guessed: float) -> Floor:
         total.add("heads", guess)
     if mlm and mlm.alpha > 0:
         encode = text.depth * layer(words, text.width, text.mlp_ratio)
-        total.teach(encode + once - unread + guess)
+        total.teach(encode + guessing + guess)
     return total.floor()
 
 
 def _clip(config: Config, batch: int, words: float, guessed: float) -> Floor:
     total, model = _Sum(config), config.model
     text = model.text
-    total.see()
-    total.add("text", text.depth * layer(words, text.width, text.mlp_ratio))
+    total.see(whole=False)
+    total.add("text", blocks(text, [words] * text.depth, whole=False))
     total.add("heads", linear(1, model.vision.width + text.width, model.embed_dim))
     total.add("heads", linear(1, model.embed_dim, batch))  # one matrix serves both directions
     if config.pruning.stages and model.guide != "unprojected":  # the text, taken to the images
