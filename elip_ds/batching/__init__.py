@@ -1,5 +1,27 @@
-"""What a global batch is made of."""
+"""What a global batch is made of, and what fits.
 
-from elip_ds.batching.plan import Plan, plan_batch
+Also inside, for the launcher: sizes, devices, fit, cache, agree.
+"""
 
-__all__ = ["Plan", "plan_batch"]
+from elip_ds.batching.memory import PHASES, Outcome, Peaks
+from elip_ds.batching.plan import (
+    Plan,
+    choose_micro_batch,
+    micro_batches,
+    next_smaller,
+    plan_batch,
+)
+from elip_ds.batching.search import Answer, find_micro_batch
+
+__all__ = [
+    "PHASES",
+    "Answer",
+    "Outcome",
+    "Peaks",
+    "Plan",
+    "choose_micro_batch",
+    "find_micro_batch",
+    "micro_batches",
+    "next_smaller",
+    "plan_batch",
+]

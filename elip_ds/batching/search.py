@@ -1,0 +1,232 @@
+"""The largest micro-batch that fits, from few tries, each in processes of its own.
+
+Small sizes are measured, a line for each phase says where the limit lies, and the size that will be
+used is run itself before it is given. Whatever the curve is really like, that run decides: a wrong
+line costs tries, never an answer that does not fit.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from elip_ds.batching.fit import MIN_POINTS, Fit, Shape, fit_peaks
+from elip_ds.batching.memory import Outcome
+from elip_ds.batching.sizes import show_bytes
+from elip_ds.errors import UserError
+
+Measure = Callable[[Sequence[int]], list[Outcome]]
+"Tries ascending sizes in one group of processes; the last outcome may be the first that failed."
+Verify = Callable[[int], Outcome]
+"Tries one size for more steps, in a fresh group of processes."
+
+MAX_TRIES = 6
+LADDER = 5
+"Sizes in the first group when nothing is known: 1, 2, 4, 8, 16."
+REACH = 16
+"How far beyond the largest measured size a line is used; farther, and it is measured again."
+SURE = 1.1
+"Of the largest size wanted: where a plan allows that much, nothing is measured before trying it."
+WORTHWHILE = 0.01
+"Gain in size, as a share, for which one more group of processes is started."
+
+
+@dataclass(frozen=True)
+class Answer:
+    """micro_batch_size: the largest size that ran within the budget, one of those asked for.
+
+    points: every outcome, in the order tried.  verified: the outcome of the verification that
+    passed; None where only a short measurement did.  tries: verifications run, passed or not.
+    warnings: what was not as the fit assumes, one line each.
+    """
+
+    micro_batch_size: int
+    points: tuple[Outcome, ...]
+    fit: Fit
+    verified: Outcome | None
+    tries: int
+    warnings: tuple[str, ...]
+
+
+class NothingFits(UserError):
+    """Not even the smallest size.  needed_bytes: what that takes; None: nobody knows."""
+
+    def __init__(self, micro_batch_size: int, budget_bytes: int, needed: int | None, reason: str):
+        self.micro_batch_size = micro_batch_size
+        self.needed_bytes = needed
+        self.reason = reason
+        takes = "takes more than there is" if needed is None else f"takes {show_bytes(needed)}"
+        told = f" ({reason})" if reason else ""
+        super().__init__(
+            f"micro-batch {micro_batch_size} {takes}; the budget is {show_bytes(budget_bytes)} "
+            f"per rank{told}"
+        )
+
+
+def find_micro_batch(
+    measure: Measure,
+    verify: Verify,
+    budget_bytes: int,
+    sizes: Sequence[int],
+    *,
+    guess: int | None = None,
+    shape: Shape | None = None,
+    max_tries: int = MAX_TRIES,
+    worthwhile: float = WORTHWHILE,
+) -> Answer:
+    """sizes: those that may be answered, ascending, such as micro_batches gives.  Others are
+    measured on the way, none below the first or above the last.
+
+    budget_bytes: of a rank; a size whose peak is above it failed, whether or not memory ran out.
+    guess, shape: what a plan says fits, and its curve.  max_tries: verifications, 1 or more; all
+    are only used where the curve is not what the fit assumes.
+
+    Raises NothingFits when the smallest size fails.
+    """
+    tries = _Tries(budget_bytes, sizes, shape, worthwhile)
+    if guess is not None and guess >= SURE * sizes[-1]:
+        tries.verify(verify, sizes[-1])
+    if tries.verified is None:
+        tries.measure(measure, guess)
+        if tries.limit() == sizes[-1]:
+            tries.verify(verify, sizes[-1])
+    if tries.verified is None:
+        tries.refine(measure)
+    while tries.count < max_tries and (size := tries.next_size()) is not None:
+        tries.verify(verify, size)
+    return tries.answer()
+
+
+class _Tries:
+    """What is known so far: passed < the answer's limit < failed."""
+
+    def __init__(
+        self, budget_bytes: int, sizes: Sequence[int], shape: Shape | None, worthwhile: float
+    ):
+        self.budget_bytes = budget_bytes
+        self.sizes = sizes
+        self.shape = shape
+        self.worthwhile = worthwhile
+        self.points: list[Outcome] = []
+        self.passed = 0  # largest size that fit, verified or only measured
+        self.failed = sizes[-1] + 1  # smallest that did not, or is not wanted
+        self.failure: Outcome | None = None
+        self.verified: Outcome | None = None
+        self.count = 0  # verifications
+        self.refuted = 0  # of these, failed
+        self.warnings: list[str] = []
+
+    def fit(self) -> Fit:
+        return fit_peaks(self.points, self.shape)
+
+    def take(self, outcome: Outcome) -> bool:
+        """Note it; whether it fit."""
+        self.points.append(outcome)
+        size, peaks = outcome.micro_batch_size, outcome.peaks
+        if peaks is not None and peaks.highest <= self.budget_bytes:
+            self.passed = max(self.passed, size)
+            return True
+        if size < self.failed:
+            self.failed, self.failure = size, outcome
+        return False
+
+    def measure(self, measure: Measure, guess: int | None) -> None:
+        """A few small sizes, the least that any line needs."""
+        found = guess is not None and self._run(measure, self._quarters(guess))
+        if not found and not self._run(measure, [self.sizes[0] << i for i in range(LADDER)]):
+            raise self._nothing_fits()
+
+    def refine(self, measure: Measure) -> None:
+        """Points nearer to the limit, and one more where they are no line."""
+        if self.limit() > REACH * self.passed:
+            self._run(measure, self._quarters(self.limit()))
+        if not self.fit().trusted:
+            self._run(measure, [self.limit() // 2])
+        fit = self.fit()
+        if fit.num_sizes >= MIN_POINTS and fit.doubt:
+            self.warnings.append(f"{fit.doubt}: the limit is found by trying")
+
+    def _quarters(self, size: int) -> list[int]:
+        first = max(self.sizes[0], size // 16)
+        return [first, 2 * first, 4 * first]
+
+    def _run(self, measure: Measure, sizes: Sequence[int]) -> bool:
+        """Whether any size fits by now. Sizes known to fit, or not to, are not tried again."""
+        new = [size for size in sizes if self.passed < size < self.failed]
+        for outcome in measure(new) if new else ():
+            self.take(outcome)
+        return self.passed > 0
+
+    def limit(self) -> int:
+        """The largest size not known to fail that is predicted to fit; 0: none."""
+        return self.fit().largest(self.budget_bytes, self.failed - 1)
+
+    def verify(self, verify: Verify, size: int) -> None:
+        expected = self.fit() if self.points else None
+        self.count += 1
+        outcome = verify(size)
+        if self.take(outcome):
+            self.verified = outcome
+            return
+        self.refuted += 1
+        if expected and expected.predict(size).highest <= self.budget_bytes:
+            self.warnings.append(f"micro-batch {size} was predicted to fit and did not")
+
+    def next_size(self) -> int | None:
+        """What to verify next; None when nothing more is to be gained."""
+        done = self.verified.micro_batch_size if self.verified else 0
+        least = done + max(1, round(self.worthwhile * done))
+        wanted = [size for size in self.sizes if least <= size < self.failed]
+        if not wanted:
+            return None
+        target = self._target(self.fit(), cautious=not done)
+        if done and target < wanted[0]:
+            return None
+        return wanted[max(0, bisect_right(wanted, target) - 1)]
+
+    def _target(self, fit: Fit, cautious: bool) -> int:
+        """The fit's limit while nothing speaks against it, else between what passed and failed."""
+        budget_bytes = self._cautious_bytes(fit) if cautious else self.budget_bytes
+        limit = fit.largest(budget_bytes, self.failed)
+        if not self.refuted:
+            return limit
+        middle = (self.passed + self.failed) // 2
+        if limit < self.failed:
+            return limit if fit.trusted else min(limit, middle)
+        if fit.trusted and self.refuted == 1 and cautious:  # perhaps wrong by a little only
+            return self.failed - max(1, self.failed // 8)
+        return middle
+
+    def _cautious_bytes(self, fit: Fit) -> int:
+        """For the first try, a little less than the budget where the points scatter.
+
+        A size that runs near the limit is the best of all points; one that fails tells little.
+        """
+        return int(self.budget_bytes * (1 - 2 * max(fit.residual.values())))
+
+    def answer(self) -> Answer:
+        if self.verified is not None:
+            best = self.verified.micro_batch_size
+        else:
+            within = [size for size in self.sizes if size <= self.passed and size < self.failed]
+            if not within:
+                raise self._nothing_fits()
+            best = within[-1]
+            self.warnings.append(f"micro-batch {best} ran, but no verification passed")
+        return Answer(
+            best, tuple(self.points), self.fit(), self.verified, self.count, tuple(self.warnings)
+        )
+
+    def _nothing_fits(self) -> NothingFits:
+        smallest = self.sizes[0]
+        needed: int | None = None
+        if self.failure is not None and self.failure.micro_batch_size == smallest:
+            needed = self.failure.peaks.highest if self.failure.peaks else None
+        if needed is None and self.shape is not None:
+            needed = self.shape(smallest).highest
+        if needed is None and self.passed:
+            needed = self.fit().predict(smallest).highest
+        if needed is not None and needed <= self.budget_bytes:
+            needed = None  # a plan that is wrong here
+        return NothingFits(
+            smallest, self.budget_bytes, needed, self.failure.reason if self.failure else ""
+        )
