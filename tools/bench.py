@@ -40,19 +40,12 @@ from stopwatch import (
 )
 from telling import draw, print_report
 from torch import nn
-from workload import (
-    PROGRESS,
-    NaiveTask,
-    build_task,
-    held,
-    made_up_vocabulary,
-    part_of,
-    random_batch,
-)
+from workload import PROGRESS, NaiveTask, build_task, held, part_of
 
 import elip_ds
 from elip_ds.config import Config, load_config
 from elip_ds.data import Batch, Vocabulary
+from elip_ds.data.made_up import made_up_vocabulary, random_batch
 from elip_ds.errors import UserError, exit_with
 from elip_ds.objectives import StepContext
 from elip_ds.objectives.mlm import mask_words

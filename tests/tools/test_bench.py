@@ -16,9 +16,10 @@ from floors import floor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from workload import PROGRESS, NaiveTask, build_task, held, made_up_vocabulary
+from workload import PROGRESS, NaiveTask, build_task, held
 
 from elip_ds.config import PruningConfig, load_config
+from elip_ds.data.made_up import made_up_vocabulary
 from elip_ds.errors import UserError
 from elip_ds.towers import ViT, ViTConfig
 
@@ -222,22 +223,6 @@ def test_counting_leaves_the_model_as_it_was():
 
 
 # Workload and time.
-
-
-@pytest.mark.parametrize("preset", ["albef_4m", "blip_4m", "meter_4m", "clip_4m", "demo"])
-def test_a_made_up_vocabulary_and_batch_have_the_presets_size(preset):
-    config = load_config([f"preset={preset}"])
-    vocabulary = made_up_vocabulary(config)
-    assert len(vocabulary) == config.model.text.vocab_size
-    batch = bench.random_batch(config, vocabulary, 4)
-    assert batch.input_ids.shape == (4, config.data.text_length)
-    assert batch.attention_mask.all() and batch.images.shape[2:] == config.model.vision.pixels
-    assert (batch.input_ids[:, 0] == vocabulary.special_ids["[CLS]"]).all()
-    inner = batch.input_ids[:, 1:-1]
-    assert not torch.isin(inner, torch.tensor([*vocabulary.special_ids.values()])).any()
-    if vocabulary.end_id is not None:
-        assert (batch.input_ids[:, -1] == vocabulary.end_id).all()
-    assert batch.sample_key.tolist() == [0, 1, 0, 1]  # both halves draw alike
 
 
 def test_variants_of_one_shape_share_their_parameters_and_others_do_not():
