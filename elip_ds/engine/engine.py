@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class Engine:
         self.config, self.plan, self.run, self.task = config, plan, run, task
         self.step, self.samples_seen = 0, 0
         self.folder = run.dir / "ckpt"
+        self.on_lap: Callable[[str], None] = lambda part: None
+        "Told each part of a step, as StepRecord.seconds names them, that has just ended."
         self._ahead: Prefetcher | None = None
         self.ds_config = fill_ds_config(
             ds_tree, engine=config.engine, optim=config.optim, plan=plan, device=run.device
@@ -150,7 +152,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
-        clock = _Clock(seconds)
+        clock = _Clock(seconds, self.on_lap)
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         steps = self.plan.gradient_accumulation_steps
@@ -396,12 +398,13 @@ class Engine:
 
 
 class _Clock:
-    """Adds the time since the last lap to a phase."""
+    """Adds the time since the last lap to a phase, and tells that it has ended."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds, self._last = seconds, time.perf_counter()
+    def __init__(self, seconds: dict[str, float], on_lap: Callable[[str], None]) -> None:
+        self._seconds, self._on_lap, self._last = seconds, on_lap, time.perf_counter()
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
         self._seconds[phase] += now - self._last
         self._last = now
+        self._on_lap(phase)

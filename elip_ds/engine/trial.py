@@ -1,0 +1,318 @@
+"""Real optimizer steps on made-up worst-case batches, and the most memory that each phase took.
+
+    python -m elip_ds.engine.trial FOLDER
+
+is what every rank of a probe runs, in a process group that lives for nothing else (see
+launching/local_ranks.py). The engine, the task and the steps are those of training; the batches are
+made up, with the longest captions. trial_job.py says what FOLDER holds.
+
+Peaks are bytes of a rank: on CUDA what the allocator handed out, on a CPU resident memory (VmHWM),
+libraries included. That of a phase holds also for the data that come before it, evaluating counts
+as forward and saving as step.
+"""
+
+import dataclasses
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elip_ds import dist
+from elip_ds.batching import Plan
+from elip_ds.config import Config
+from elip_ds.data import Batch, Vocabulary
+from elip_ds.data.batch import shortest_length
+from elip_ds.data.made_up import made_up_vocabulary, random_batch
+from elip_ds.engine.engine import Engine
+from elip_ds.engine.out_of_memory import is_out_of_memory, leave_out_of_memory, write_whole
+from elip_ds.engine.trial_job import ERROR_STATUS, TrialJob, read_job
+from elip_ds.errors import leave
+from elip_ds.logs import setup_logging
+from elip_ds.run import TOKENIZER, Run, seed_everything
+from elip_ds.tasks import build_pretrain, min_micro_batch
+from elip_ds.towers.pruning import at_ratios
+
+SAMPLES_SEEN = 10**9
+"Where a trial pretends to be: long after every warm-up and ramp."
+SAMPLES_PER_EPOCH = 10**6
+
+
+class HostMemory:
+    """Of this process, on a CPU."""
+
+    def reset(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Most bytes in use since the reset."""
+        return self._read("VmHWM")
+
+    def in_use(self) -> int:
+        return self._read("VmRSS")
+
+    def limit(self, limit_bytes: int) -> None:
+        """Make an allocation fail that would bring what is in use above so many bytes.
+
+        Resident memory itself has no limit that raises an error. Of data (RLIMIT_DATA) may be
+        added what resident memory may still grow by, as if every added byte were touched. It
+        counts from what is mapped now, so buffers that are mapped and never touched cost nothing.
+        """
+        mapped, used = self._read("VmData"), self.in_use()
+        if used >= limit_bytes:
+            raise MemoryError(f"{used} bytes in use before the first step, {limit_bytes} allowed")
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (mapped + limit_bytes - used, hard))
+
+    def unlimit(self) -> None:
+        """So that a rank that ran out can still write down where."""
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+    def more(self) -> dict[str, int]:
+        return {}
+
+    def device(self) -> dict[str, Any]:
+        return {"name": "cpu"}
+
+    def _read(self, name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+
+
+class CudaMemory:
+    """Of this process, on its device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._reserved = device, 0
+        self._free_at_start, self._total = torch.cuda.mem_get_info(device)
+
+    def reset(self) -> None:
+        self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self._device))
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int:
+        """Most bytes in use since the reset."""
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def in_use(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def limit(self, limit_bytes: int) -> None:
+        """Make an allocation fail that would bring what is reserved above so many bytes.
+
+        What the warm-up left in the allocator's cache is given back first.
+        """
+        torch.cuda.empty_cache()
+        share = min(1.0, limit_bytes / self._total)
+        torch.cuda.set_per_process_memory_fraction(share, self._device)
+
+    def unlimit(self) -> None:
+        """Writing down where a rank ran out takes no memory of the device."""
+
+    def more(self) -> dict[str, int]:
+        """reserved: from the device, most so far.  retries: allocations that needed a clean-up.
+        device_used: by all processes now.
+        """
+        self.reset()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return {
+            "reserved_bytes": self._reserved,
+            "retries": torch.cuda.memory_stats(self._device)["num_alloc_retries"],
+            "device_used_bytes": total - free,
+        }
+
+    def device(self) -> dict[str, Any]:
+        return {
+            "name": torch.cuda.get_device_name(self._device),
+            "total_bytes": self._total,
+            "free_at_start_bytes": self._free_at_start,
+        }
+
+
+class Watch:
+    """Told where a trial is: keeps the peaks of each phase, and the heartbeat on disk."""
+
+    def __init__(self, folder: Path, rank: int, memory: HostMemory | CudaMemory) -> None:
+        self.folder, self.rank, self.memory = folder, rank, memory
+        self.peaks: dict[str, int] = {}
+        self.where: dict[str, Any] = {"micro_batch_size": None, "phase": "start", "step": 0}
+        self._last = ""
+
+    def at(self, phase: str, **where: int | None) -> None:
+        """Before anything that may be the end of this process."""
+        self.where |= {"phase": phase, **where}
+        beat = self.where | {"time": time.time(), "pid": os.getpid()}
+        write_whole(self.folder / f"heartbeat-{self.rank}.json", beat)
+
+    def lap(self, ended: str) -> None:
+        """ended: a part of a step, as Engine.on_lap tells it."""
+        coming = {"forward": "backward", "backward": "step", "optimizer": "step"}.get(ended)
+        if coming is None:  # data: the next are fetched after the backward pass, too
+            coming = "step" if self._last == "backward" else "forward"
+        self._last = ended
+        self.note({"data": coming, "optimizer": "step"}.get(ended, ended))
+        self.at(coming)
+
+    def note(self, phase: str) -> None:
+        """What was in use since the last call was in use for this phase."""
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self.memory.peak())
+        self.memory.reset()
+
+
+class _Stream:
+    """In place of a TrainLoader: the same batches in turn, for ever."""
+
+    samples_per_epoch, bad = SAMPLES_PER_EPOCH, 0
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+        self._given = 0
+
+    def __iter__(self) -> "_Stream":
+        return self
+
+    def __next__(self) -> Batch:
+        self._given += 1
+        return self.batches[(self._given - 1) % len(self.batches)]
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+
+class _Pairs:
+    """In place of held-out pairs: one batch on every rank."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return len(self._batch) * dist.world_size()
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield self._batch
+
+
+def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
+    """All of the job, its results in result-RANK.json. Raises whatever a step raises."""
+    config = _worst_case(job)
+    vocabulary = made_up_vocabulary(config)
+    smallest = min_micro_batch(config)
+    engine = _build_engine(job, config, vocabulary, ranks, folder=watch.folder / "run")
+    engine.on_lap = watch.lap
+    # The first step makes the optimizer's states and the buckets, and loads kernels: what comes
+    # once is there before anything is counted, and before the limit is drawn.
+    watch.at("warm-up", micro_batch_size=job.sizes[0])
+    _run_steps(engine, [random_batch(config, vocabulary, smallest)], 1, watch)
+    if job.limit_bytes is not None:
+        watch.at("limit")
+        watch.memory.limit(job.limit_bytes)
+    points: list[dict[str, Any]] = []
+    for size in job.sizes:
+        engine.plan = Plan(size, job.accumulation, ranks.world_size)
+        started = time.perf_counter()
+        watch.at("forward", micro_batch_size=size, step=0)
+        longest = random_batch(config, vocabulary, size)
+        watch.memory.reset()
+        watch.peaks.clear()
+        batches = [longest] * job.accumulation
+        if job.alternate:
+            batches += [_shortest(longest, config, vocabulary)] * job.accumulation
+        stream = _run_steps(engine, batches, job.steps, watch)
+        if job.evaluate and size == job.sizes[-1]:
+            watch.at("forward")
+            pairs: Any = _Pairs(random_batch(config, vocabulary, config.eval.batch_size))
+            engine.evaluate(pairs)
+            watch.note("forward")
+        if job.save and size == job.sizes[-1]:
+            watch.at("step")
+            engine.save(stream)
+            watch.note("step")
+        seconds = time.perf_counter() - started
+        point = {"micro_batch_size": size, "peaks": dict(watch.peaks), "seconds": seconds}
+        points.append(point | watch.memory.more())
+        record = {"device": watch.memory.device(), "points": points}
+        write_whole(watch.folder / f"result-{ranks.rank}.json", record)
+        dist.barrier()  # who runs out at the next size leaves none behind that has not written
+    dist.stop()
+
+
+def _run_steps(engine: Engine, batches: list[Batch], steps: int, watch: Watch) -> Any:
+    stream: Any = _Stream(batches)
+    for step in range(steps):
+        watch.at("forward", step=step)
+        engine.samples_seen = SAMPLES_SEEN
+        engine.train_step(stream)
+    return stream
+
+
+def _worst_case(job: TrialJob) -> Config:
+    """Fresh weights, as large as loaded ones, and pruning where it prunes least."""
+    config = job.config
+    ratios = job.keep_ratios
+    if ratios is None:
+        ratios = [stage.keep_ratio for stage in config.pruning.stages]
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, init_from=[]),
+        pruning=at_ratios(config.pruning, ratios),
+    )
+
+
+def _build_engine(
+    job: TrialJob, config: Config, vocabulary: Vocabulary, ranks: dist.Ranks, *, folder: Path
+) -> Engine:
+    dist.start(ranks)
+    run = Run(ranks, folder, config.run.seed)
+    folder.mkdir(exist_ok=True)
+    if run.first:
+        run.write_text(folder / TOKENIZER, vocabulary.json)  # a checkpoint holds it
+    seed_everything(run.seed)
+    task = build_pretrain(config, vocabulary)
+    plan = Plan(job.sizes[0], job.accumulation, ranks.world_size)
+    return Engine(config, job.deepspeed, task, plan, run)
+
+
+def _shortest(batch: Batch, config: Config, vocabulary: Vocabulary) -> Batch:
+    """The same with captions of one word, padded as the configuration says."""
+    ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
+    words = 2 if vocabulary.end_id is None else 3
+    if vocabulary.end_id is not None:
+        ids[:, words - 1] = vocabulary.end_id
+    ids[:, words:] = vocabulary.special_ids["[PAD]"]
+    mask[:, words:] = 0
+    short = dataclasses.replace(batch, input_ids=ids, attention_mask=mask)
+    return short.shortened(shortest_length(mask)) if config.data.pad == "longest" else short
+
+
+def main(argv: list[str]) -> None:
+    folder, ranks = Path(argv[0]), dist.read_ranks()
+    setup_logging(ranks.rank)
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    memory = CudaMemory(ranks.device) if ranks.device.type == "cuda" else HostMemory()
+    watch = Watch(folder, ranks.rank, memory)
+    watch.at("start")
+    try:
+        run_trial(read_job(folder), ranks, watch)
+    except Exception as error:
+        memory.unlimit()
+        where = watch.where | {"time": time.time()}
+        if is_out_of_memory(error):
+            in_use = memory.in_use()
+            leave_out_of_memory(folder, ranks.rank, error, **where, in_use_bytes=in_use)
+        traceback.print_exc()
+        last = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        record = where | {"kind": type(error).__name__, "message": str(error), "last_line": last}
+        write_whole(folder / f"error-{ranks.rank}.json", record | {"rank": ranks.rank})
+        os._exit(ERROR_STATUS)  # at once: the peers may wait in a collective
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+    leave()

@@ -1,0 +1,119 @@
+"""Try micro-batches with real steps, in processes of their own: what a search asks for.
+
+measure() and verify() each start a fresh group of ranks, as retrying in a process that has run out
+of memory fails more often than not. Memory that runs out is an answer, anything else an exception.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from elip_ds.batching.memory import Outcome, Peaks
+from elip_ds.engine.trial_job import TrialJob
+from elip_ds.errors import UserError
+from elip_ds.launching.endings import Ending, RankFailed, read_records
+from elip_ds.launching.local_ranks import Patience, run_ranks
+
+VERIFY_STEPS = 6
+COMMAND = (sys.executable, "-m", "elip_ds.engine.trial")
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+"""On a CPU freed blocks then go back to the system at once, so that resident memory says what is in
+use. It makes peaks repeatable, and steps slower: for measuring only."""
+
+
+@dataclass
+class RealSteps:
+    """job: without sizes.  ranks: on this node.  folder: a subfolder for every start, which stays.
+    evaluate, save: what verify() does besides, because the run does so on its way.
+
+    started: for the report, every start's folder, sizes, and what each rank wrote of them.
+    """
+
+    job: TrialJob
+    ranks: int
+    folder: Path
+    patience: Patience = field(default_factory=Patience)
+    evaluate: bool = True
+    save: bool = True
+    started: list[dict[str, Any]] = field(default_factory=list)
+    _suspected: bool = False
+
+    def measure(self, sizes: Sequence[int]) -> list[Outcome]:
+        """sizes: ascending. The list ends with the first that ran out of memory.
+
+        Raises RankFailed, RankHung, or the ranks' own UserError.
+        """
+        return self._try(replace(self.job, sizes=list(sizes)), "measure")
+
+    def verify(self, size: int) -> Outcome:
+        """At one size more steps, of long and short captions in turn, and what else a run does.
+
+        On CUDA an allocation that needed a second attempt counts as memory that ran out.
+        """
+        job = replace(
+            self.job,
+            sizes=[size],
+            steps=VERIFY_STEPS,
+            alternate=True,
+            evaluate=self.evaluate,
+            save=self.save,
+        )
+        return self._try(job, "verify")[-1]
+
+    def _try(self, job: TrialJob, name: str) -> list[Outcome]:
+        folder = self.folder / f"{len(self.started):02d}-{name}"
+        folder.mkdir(parents=True)
+        job.write(folder)
+        ending = self._run(folder)
+        results = read_records(folder, "result")
+        self.started.append({"folder": str(folder), "sizes": job.sizes, "results": results})
+        if ending.how == "refused":
+            raise UserError(ending.reason)
+        if ending.how == "suspected" and not self._suspected:
+            self._suspected = True  # once it may be memory; twice it is something else
+        elif ending.how in ("suspected", "failed"):
+            raise RankFailed(f"{ending.reason}; not retried; more in {folder}")
+        outcomes = _outcomes(results, self.ranks)
+        if ending.how != "done" and all(outcome.peaks for outcome in outcomes):
+            tried = ending.micro_batch_size or job.sizes[0]
+            outcomes.append(Outcome(tried, None, ending.reason))
+        return outcomes
+
+    def _run(self, folder: Path) -> Ending:
+        try:
+            return run_ranks(
+                [*COMMAND, str(folder)],
+                ranks=self.ranks,
+                folder=folder,
+                patience=self.patience,
+                environ=os.environ | ENVIRONMENT,
+            )
+        finally:
+            shutil.rmtree(folder / "run", ignore_errors=True)  # a checkpoint of the whole model
+
+
+def _outcomes(results: Sequence[dict[str, Any]], ranks: int) -> list[Outcome]:
+    """Of the sizes that all ranks have done, the highest peak of each phase over them."""
+    by_size: dict[int, list[dict[str, Any]]] = {}
+    for result in results:
+        for point in result["points"]:
+            by_size.setdefault(point["micro_batch_size"], []).append(point)
+    outcomes: list[Outcome] = []
+    for size, points in by_size.items():
+        if len(points) == ranks and all(outcome.peaks for outcome in outcomes):
+            outcomes.append(_outcome(size, points))
+    return outcomes
+
+
+def _outcome(size: int, points: Sequence[dict[str, Any]]) -> Outcome:
+    retries = [point.get("retries", 0) for point in points]
+    if any(retries):
+        rank = retries.index(max(retries))
+        reason = f"rank {rank}'s allocator had to clean up {retries[rank]} times at {size}"
+        return Outcome(size, None, reason)
+    names = ("forward", "backward", "step")
+    return Outcome(size, Peaks(*(max(p["peaks"][name] for p in points) for name in names)))
