@@ -5,6 +5,7 @@ Row order everywhere: rank 0's rows first, then rank 1's, ...
 """
 
 import datetime
+import json
 import os
 import re
 import socket
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as td
 from torch import Tensor
+
+from elip_ds.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,58 @@ def read_ranks() -> Ranks:
     return Ranks(rank, local_rank, world_size, local_world, device)
 
 
+_store: Any = None
+_notes: dict[str, str] = {}
+"Where ranks leave notes for each other before they join; with one rank, the second."
+
+
+def meet(ranks: Ranks, timeout_seconds: float = 1800) -> None:
+    """Open the store of notes at the launcher's address. No device is touched, so that a rank's
+    children have all of its memory to measure with.
+    """
+    global _store
+    if _store is not None or ranks.world_size == 1:
+        return
+    env = os.environ
+    assert "MASTER_PORT" in env, "a launcher of several ranks sets MASTER_PORT"
+    agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's has one already
+    address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env["MASTER_PORT"])
+    try:
+        _store = td.TCPStore(
+            address,
+            port,
+            ranks.world_size,
+            is_master=ranks.rank == 0 and not agent,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,
+        )
+    except td.DistNetworkError as error:
+        why = "is in use by another program" if "EADDRINUSE" in str(error) else "cannot be reached"
+        raise UserError(
+            f"MASTER_PORT={port}: that port of {address} {why}; choose another, as in "
+            "deepspeed --master_port 29511"
+        ) from None
+
+
+def leave_note(name: str, value: object) -> None:
+    """For all ranks to read; value: what JSON can hold."""
+    if _store is None:
+        _notes[name] = json.dumps(value)
+    else:
+        _store.set(f"elip/{name}", json.dumps(value))
+
+
+def read_note(name: str, timeout_seconds: float) -> Any:
+    """What some rank left, waiting for it. Raises TimeoutError."""
+    if _store is None:
+        return json.loads(_notes[name])
+    try:
+        _store.wait([f"elip/{name}"], datetime.timedelta(seconds=timeout_seconds))
+    except td.DistStoreError:
+        raise TimeoutError(f"no rank left a note {name!r} in {timeout_seconds:g} s") from None
+    return json.loads(_store.get(f"elip/{name}"))
+
+
 def start(ranks: Ranks, timeout_seconds: float = 1800) -> None:
     """Join the process group: NCCL for CUDA tensors, gloo for CPU tensors."""
     if td.is_initialized():
@@ -65,6 +120,7 @@ def start(ranks: Ranks, timeout_seconds: float = 1800) -> None:
         torch.cuda.set_device(ranks.device)
     td.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=None if _store is None else td.PrefixStore("group", _store),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=datetime.timedelta(seconds=timeout_seconds),

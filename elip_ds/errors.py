@@ -1,4 +1,4 @@
-"""UserError: what a person can put right. Entries print it as one line and leave with status 2."""
+"""UserError: what a person can put right. Entries print it as one line and leave with its status."""
 
 import os
 import sys
@@ -6,7 +6,12 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Says what was asked, what was found and what would work, with the config key."""
+    """Says what was asked, what was found and what would work, with the config key.
+
+    status: what an entry leaves with.
+    """
+
+    status = 2
 
 
 def leave() -> None:
@@ -21,10 +26,10 @@ def leave() -> None:
 
 
 def exit_with(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Run an entry. A UserError becomes one line on rank 0's stderr and exit status 2."""
+    """Run an entry. A UserError becomes one line on rank 0's stderr and its exit status."""
     try:
         main(argv)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(error.status) from None

@@ -50,13 +50,16 @@ def find_checkpoint(path: Path) -> Path:
 
 @dataclass
 class Run:
-    """dir: the run's folder.  seed: of the whole run; ranks that must differ add their number."""
+    """dir: the run's folder.  seed: of the whole run; ranks that must differ add their number.
+    step: the last that agree_to_stop heard of.
+    """
 
     ranks: dist.Ranks
     dir: Path
     seed: int
     started: float = field(default_factory=time.time)
     stop_asked: bool = False
+    step: int = 0
     _stopping: bool = False
 
     @property
@@ -86,6 +89,7 @@ class Run:
 
     def agree_to_stop(self, step: int = 0) -> None:
         """Every few steps all ranks learn whether any was asked to stop. Every rank calls it."""
+        self.step = step
         if step % STOP_EVERY:
             return
         asked = torch.tensor([int(self.stop_asked)], device=self.device)
@@ -113,8 +117,11 @@ class Run:
             log.warning("%s is not written: %s", path, error.strerror)
 
 
-def start_run(config: Config) -> Run:
-    """Join the ranks, seed, open the folder. Raises UserError when the folder is another run's."""
+def open_run(config: Config) -> Run:
+    """Who is who, the folder, the stop signal; no device is touched and no group joined yet.
+
+    Raises UserError when the folder is another run's.
+    """
     ranks = dist.read_ranks()
     setup_logging(ranks.rank)
     run = Run(ranks, Path(config.run.dir) / config.run.name, config.run.seed)
@@ -123,12 +130,17 @@ def start_run(config: Config) -> Run:
         raise UserError(problem)
     _watch_signals(run)
     _set_threads(ranks)
-    dist.start(ranks)
+    dist.meet(ranks)
+    return run
+
+
+def join_ranks(run: Run, config: Config) -> None:
+    """Join the other ranks, seed, keep the config."""
+    dist.start(run.ranks)
     seed_everything(run.seed)
     if run.first:
         run.write_text(run.dir / CONFIG, dump_config(config))
     run.wait()
-    return run
 
 
 def seed_everything(seed: int) -> None:

@@ -3,22 +3,23 @@
 import sys
 
 from elip_ds import dist
-from elip_ds.batching import plan_batch
 from elip_ds.config import duration_in_samples, load_config
 from elip_ds.data import build_loaders, build_vocabulary, open_sources
-from elip_ds.engine import Engine, due, json_batch, read_ds_config
+from elip_ds.engine import Engine, due, leave_when_out_of_memory, read_ds_config
 from elip_ds.errors import exit_with, leave
+from elip_ds.launching import settle_batch
 from elip_ds.metrics import Recorder, close_run
-from elip_ds.run import start_run
+from elip_ds.run import join_ranks, open_run
 from elip_ds.tasks import build_pretrain, min_micro_batch
 
 
 def main(argv: list[str]) -> None:
     cfg = load_config(argv)  # preset + key=value, typed and frozen
     ds_tree = read_ds_config(cfg.engine.deepspeed)
-    run = start_run(cfg)  # ranks, seed, folder, stop signal
-    batch = json_batch(ds_tree, cfg.batching, run.world_size)
-    plan = plan_batch(*batch, world_size=run.world_size, min_micro_batch=min_micro_batch(cfg))
+    run = open_run(cfg)  # who is who, folder, stop signal
+    cfg, plan = settle_batch(cfg, ds_tree, run)  # given, remembered, or measured now
+    join_ranks(run, cfg)
+    leave_when_out_of_memory(run, plan, min_micro_batch(cfg))
     sources = open_sources(cfg.data, run)
     vocabulary = build_vocabulary(cfg.data, sources, run, cfg.model.text.vocab_size)
     loader, held_out = build_loaders(

@@ -292,21 +292,55 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class BatchingConfig:
-    global_batch_size: int = 64
-    "Samples per optimizer step over all ranks and accumulation steps."
+    global_batch_size: int | str = 64
+    """Samples per optimizer step over all ranks and accumulation steps; auto: as many as fit in one
+    pass of all ranks."""
+    max_global: int | None = None
+    "Where global_batch_size is auto: no more than so many."
     micro_batch_size: int | str = "auto"
-    "Samples per rank and pass; auto: the whole share of a rank, without accumulation."
+    "Samples per rank and pass; auto: the most that fit into memory, planned or measured."
+    multiple_of: int = 8
+    "The micro-batch is a multiple of it where the global batch has such a divisor."
+    device_memory: str | None = None
+    "Memory of a rank, such as 24GiB, or a device's name; null: what is found."
+    headroom: float | str = "auto"
+    "Share of a rank's memory that is left free; auto: 0.06, and 0.10 on a CPU."
+    headroom_bytes: int | str = "auto"
+    "At least so many are left free; auto: 2**30, and none on a CPU."
+    probe: str = "auto"
+    """Real steps before training: always, never (the plan alone decides, with more headroom), or
+    auto: where the plan's batch is near what memory allows."""
+    oom_retries: int = 2
+    "How often the launcher starts again with a smaller micro-batch after memory has run out."
 
     def __post_init__(self) -> None:
+        for name, size in (
+            ("global_batch_size", self.global_batch_size),
+            ("micro_batch_size", self.micro_batch_size),
+        ):
+            _require(
+                size == "auto" or (isinstance(size, int) and size >= 1),
+                f"batching.{name}={size!r}: auto, or a number from 1",
+            )
         _require(
-            self.global_batch_size >= 1,
-            f"batching.global_batch_size={self.global_batch_size}: 1 or more",
+            self.max_global is None or self.max_global >= 1,
+            f"batching.max_global={self.max_global}: 1 or more, or null",
         )
-        micro = self.micro_batch_size
+        _require(self.multiple_of >= 1, f"batching.multiple_of={self.multiple_of}: 1 or more")
+        share, least = self.headroom, self.headroom_bytes
         _require(
-            micro == "auto" or (isinstance(micro, int) and micro >= 1),
-            f"batching.micro_batch_size={micro!r}: auto, or a number from 1",
+            share == "auto" or (isinstance(share, int | float) and 0 <= share < 1),
+            f"batching.headroom={share!r}: auto, or a share from 0 and below 1",
         )
+        _require(
+            least == "auto" or (isinstance(least, int) and least >= 0),
+            f"batching.headroom_bytes={least!r}: auto, or a number from 0",
+        )
+        _require(
+            self.probe in ("auto", "always", "never"),
+            f"batching.probe={self.probe!r}: choose auto, always or never",
+        )
+        _require(self.oom_retries >= 0, f"batching.oom_retries={self.oom_retries}: 0 or more")
 
 
 @dataclass(frozen=True)

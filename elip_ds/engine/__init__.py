@@ -17,6 +17,7 @@ from elip_ds.engine.checkpoint import read_meta
 from elip_ds.engine.consolidate import consolidate
 from elip_ds.engine.ds_config import json_batch, read_ds_config
 from elip_ds.engine.engine import Engine, StepRecord
+from elip_ds.engine.out_of_memory import leave_when_out_of_memory
 from elip_ds.engine.schedule import due
 from elip_ds.engine.weights import load_weights, read_weights
 
@@ -26,6 +27,7 @@ __all__ = [
     "consolidate",
     "due",
     "json_batch",
+    "leave_when_out_of_memory",
     "load_weights",
     "read_ds_config",
     "read_meta",

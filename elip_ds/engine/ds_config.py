@@ -85,43 +85,45 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
 
 def json_batch(
     tree: dict[str, Any], batching: BatchingConfig, world_size: int
-) -> tuple[int, int | str]:
-    """(global batch, micro-batch or 'auto') that config and JSON agree on.
+) -> tuple[int | str, int | str]:
+    """(global batch, micro-batch), each a number or 'auto', that config and JSON agree on.
 
     A number in the JSON is obeyed; it may not contradict the configuration.
     """
-    total: int = batching.global_batch_size
+    total: int | str = batching.global_batch_size
     micro: int | str = batching.micro_batch_size
     given = {key: tree[key] for key in BATCH_KEYS if tree.get(key, "auto") != "auto"}
     for key, value in given.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"DeepSpeed JSON: {key}={value!r}: 'auto', or a number from 1")
-    size = given.get("train_batch_size", total)
-    if size != total:
-        raise UserError(
-            f"DeepSpeed JSON: train_batch_size={size} contradicts "
-            f"batching.global_batch_size={total}; make them equal, or write 'auto' in the JSON"
-        )
-    if "train_micro_batch_size_per_gpu" in given:
-        wanted = given["train_micro_batch_size_per_gpu"]
-        if micro not in ("auto", wanted):
-            raise UserError(
-                f"DeepSpeed JSON: train_micro_batch_size_per_gpu={wanted} contradicts "
-                f"batching.micro_batch_size={micro}; make them equal, or write 'auto' in the JSON"
-            )
-        micro = wanted
+    total = _agreed(total, given, "train_batch_size", "batching.global_batch_size")
+    micro = _agreed(
+        micro, given, "train_micro_batch_size_per_gpu", "batching.micro_batch_size"
+    )
     if "gradient_accumulation_steps" in given:
         steps = given["gradient_accumulation_steps"]
-        per_step = total / (steps * world_size)
-        if micro == "auto" and per_step == int(per_step):
-            micro = int(per_step)
-        if micro == "auto" or micro * steps * world_size != total:
+        if total == "auto" and micro != "auto":
+            total = int(micro) * steps * world_size
+        if micro == "auto" and total != "auto" and int(total) % (steps * world_size) == 0:
+            micro = int(total) // (steps * world_size)
+        if "auto" in (micro, total) or int(micro) * steps * world_size != total:
             raise UserError(
                 f"DeepSpeed JSON: gradient_accumulation_steps={steps} contradicts "
                 f"batching.global_batch_size={total} with micro_batch_size={micro} on {world_size} "
                 "ranks; write 'auto' in the JSON"
             )
     return total, micro
+
+
+def _agreed(ours: int | str, given: dict[str, int], theirs: str, key: str) -> int | str:
+    if theirs not in given or ours == given[theirs]:
+        return ours
+    if ours != "auto":
+        raise UserError(
+            f"DeepSpeed JSON: {theirs}={given[theirs]} contradicts {key}={ours}; make them equal, "
+            "or write 'auto' in the JSON"
+        )
+    return given[theirs]
 
 
 def fill_ds_config(

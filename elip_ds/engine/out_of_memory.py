@@ -5,19 +5,29 @@ fails more often than not, and its peers wait for it in a collective. So it writ
 and ends at once; whoever started the ranks ends the others.
 """
 
+import dataclasses
 import errno
 import json
 import os
 import re
+import resource
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from elip_ds.batching import Plan, next_smaller
+from elip_ds.run import Run
+
 OUT_OF_MEMORY_STATUS = 77
 "Exit status of a rank whose memory ran out; oom-RANK.json says where."
+
+OOM_FOLDER = "memory"
+"In a run's folder: what ranks wrote that ran out of memory."
+LAUNCHER = "elip_ds.launch run"
 
 _SIGNS = re.compile(
     "|".join(
@@ -53,16 +63,60 @@ def asked_bytes(error: BaseException) -> int | None:
     return int(float(found[1]) * _UNITS[found[2] or ""]) if found else None
 
 
-def leave_out_of_memory(folder: Path, rank: int, error: BaseException, **where: Any) -> NoReturn:
+def leave_out_of_memory(
+    folder: Path, rank: int, error: BaseException, *, told: str = "", **where: Any
+) -> NoReturn:
     """Write oom-RANK.json, with what the caller knows of where it was, and end this process.
 
+    told: a line for a person, below the traceback.
     No collective and no tear-down: the peers are inside one already.
     """
     traceback.print_exception(error)
+    if told:
+        sys.stderr.write(f"error: {told}\n")
     record = {"rank": rank, **where, "asked_bytes": asked_bytes(error)}
     write_whole(folder / f"oom-{rank}.json", record)
     sys.stderr.flush()
     os._exit(OUT_OF_MEMORY_STATUS)
+
+
+def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None:
+    """From now on an uncaught error of that kind ends this rank as leave_out_of_memory does, with
+    the record in RUN/memory, from which the launcher starts again (launching/supervise.py).
+    """
+    before = sys.excepthook
+
+    def hook(kind: Any, error: BaseException, trace: Any) -> None:
+        if not is_out_of_memory(error):
+            before(kind, error, trace)
+            return
+        _lift_limits()
+        smaller = next_smaller(plan, min_micro_batch)
+        advice = (
+            "no smaller micro-batch makes the same global batch"
+            if smaller is None
+            else f"start again with batching.micro_batch_size={smaller.micro_batch_size}, which "
+            f"goes on from the last checkpoint; python -m {LAUNCHER} does so by itself"
+        )
+        where = {
+            **dataclasses.asdict(plan),
+            "min_micro_batch": min_micro_batch,
+            "step": run.step,
+            "time": time.time(),
+        }
+        folder = run.dir / OOM_FOLDER
+        folder.mkdir(exist_ok=True)
+        told = f"rank {run.rank} ran out of memory at step {run.step}, micro-batch "
+        told += f"{plan.micro_batch_size}; {advice}"
+        leave_out_of_memory(folder, run.rank, error, told=told, **where)
+
+    sys.excepthook = hook
+
+
+def _lift_limits() -> None:
+    """Of this process, so that it can still write down where it was."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def write_whole(path: Path, record: dict[str, Any]) -> None:

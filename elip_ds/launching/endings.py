@@ -9,16 +9,15 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from elip_ds.batching.memory import PHASES
 from elip_ds.engine.out_of_memory import OUT_OF_MEMORY_STATUS
+from elip_ds.errors import UserError
 
 
-class LaunchError(Exception):
-    """One line for a person. status: what the launcher leaves with."""
-
-    status: ClassVar[int]
+class LaunchError(UserError):
+    """What a launcher could not do."""
 
 
 class RankFailed(LaunchError):

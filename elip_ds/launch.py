@@ -1,0 +1,109 @@
+"""Plan, probe, train: python -m elip_ds.launch plan|probe|run [preset=NAME] [key=value ...]"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from elip_ds.config import load_config
+from elip_ds.engine import read_ds_config
+from elip_ds.errors import UserError, exit_with
+from elip_ds.launching import (
+    plan_tables,
+    probe_node,
+    show_plans,
+    supervise,
+    training_command,
+)
+from elip_ds.logs import setup_logging
+
+USAGE = """\
+usage: python -m elip_ds.launch plan|probe|run [preset=NAME] [key=value ...] --deepspeed JSON [...]
+
+plan    what a step would take, by part, and the largest micro-batch that fits: no device, no data
+probe   real steps on this machine, in processes of their own; prints what fits, and remembers it
+run     train: by deepspeed on this machine, by srun inside a Slurm allocation; where memory runs
+        out, start again with a smaller micro-batch from the last checkpoint
+
+  --deepspeed JSON      such as ds_configs/z2.json
+  --device-memory SIZE  of a rank: 24GiB, a device's name (a5000, a100-80, h100, ...), cpu:16GiB
+  --ranks N             plan: of the whole job; probe, run: on this machine
+  --compare KEY=VALUE   plan: a second plan beside the first, with these settings; may be repeated.
+                        deepspeed=JSON is one of them
+  --json FILE           plan, probe: write all numbers
+  --dry-run             run: print the command only
+
+examples:
+  python -m elip_ds.launch plan preset=albef_4m --deepspeed ds_configs/z2.json \\
+      --device-memory 24GiB --ranks 4 --compare pruning.stages=[]
+  python -m elip_ds.launch probe --deepspeed ds_configs/z2.json --device-memory cpu:2GiB --ranks 2
+  python -m elip_ds.launch run --deepspeed ds_configs/z2.json run.name=mine
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see python -m elip_ds.launch --help")
+
+
+def main(argv: list[str]) -> None:
+    options = parse_arguments(argv)
+    words = [*options.words]
+    if options.device_memory is not None:
+        words.append(f'batching.device_memory="{options.device_memory}"')
+    if options.verb == "plan":
+        tables = plan_tables(words, options.deepspeed, options.ranks, options.compare)
+        _write(options.json, [table.record for table in tables])
+        sys.stdout.write(show_plans(tables))
+        return
+    setup_logging(0)
+    settings = ["--deepspeed", options.deepspeed, *words]
+    config = load_config(settings)  # every fault of it shows before anything starts
+    tree = read_ds_config(options.deepspeed)
+    if options.verb == "probe":
+        _write(options.json, probe_node(config, tree, options.ranks))
+        return
+
+    def command(micro: int | None) -> Any:
+        more = [] if micro is None else [f"batching.micro_batch_size={micro}"]
+        return training_command([*settings, *more], options.ranks)
+
+    if options.dry_run:
+        sys.stdout.write(f"{command(None)}\n")
+        return
+    folder = Path(config.run.dir) / config.run.name
+    raise SystemExit(supervise(command, folder, config.batching.oom_retries))
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Raises UserError for anything that is not known."""
+    if not argv or {"-h", "--help"} & set(argv):
+        sys.stdout.write(USAGE)
+        raise SystemExit(0 if argv else 2)
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("verb", choices=("plan", "probe", "run"))
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--deepspeed", required=True)
+    parser.add_argument("--device-memory")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--compare", action="append", nargs="+", default=[])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_intermixed_args(argv)
+    if options.ranks is not None and options.ranks < 1:
+        raise UserError(f"--ranks {options.ranks}: 1 or more")
+    return options
+
+
+def _write(path: Path | None, record: Any) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(record, indent=1))
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    exit_with(main, sys.argv[1:])

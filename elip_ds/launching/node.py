@@ -1,0 +1,322 @@
+"""One node's answer: the largest micro-batch that every rank on it can hold.
+
+From the cheapest source that will do: the user's number, an earlier answer, the plan where it
+leaves no doubt, else real steps.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from elip_ds.batching import find_micro_batch, micro_batches
+from elip_ds.batching.cache import Cache, default_folder, fingerprint
+from elip_ds.batching.devices import KAPPA, OUTSIDE_BYTES, find_device
+from elip_ds.batching.search import NothingFits
+from elip_ds.batching.sizes import show_bytes
+from elip_ds.config import Config
+from elip_ds.engine.out_of_memory import OOM_FOLDER
+from elip_ds.engine.trial_job import TrialJob
+from elip_ds.errors import UserError
+from elip_ds.launching.advice import advice
+from elip_ds.launching.endings import LaunchError
+from elip_ds.launching.facts import memory_facts
+from elip_ds.launching.forecast import Forecast
+from elip_ds.launching.limits import Limit, cuda_budget, host_budget, read_gpus, visible_gpus
+from elip_ds.launching.real_steps import RealSteps
+from elip_ds.tasks import min_micro_batch
+
+log = logging.getLogger(__name__)
+
+HEADROOM = {"cpu": 0.10, "cuda": 0.06}
+"Share of the memory that is left free, where nothing else is said."
+HEADROOM_BYTES = {"cpu": 0, "cuda": 2**30}
+PLAN_HEADROOM = 0.15
+"Where the plan alone decides."
+EASY = 0.5
+"Share of the memory: a plan that needs no more of it is not worth measuring."
+
+
+class DoesNotFit(LaunchError):
+    """Not even the smallest micro-batch."""
+
+    status = 10
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank on this node.
+
+    limit: what there is, and what says so.  headroom_bytes: to be left free.
+    outside_bytes: taken by what no plan counts.  kappa: bytes taken for each that a plan counts.
+    """
+
+    name: str
+    limit: Limit
+    headroom_bytes: int
+    outside_bytes: int
+    kappa: float
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.limit.bytes - self.headroom_bytes
+
+    def taken(self, planned_bytes: int) -> int:
+        return int(planned_bytes * self.kappa) + self.outside_bytes
+
+    def planned(self, taken_bytes: float) -> int:
+        """The inverse of taken."""
+        return int((taken_bytes - self.outside_bytes) / self.kappa)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What is asked of it.
+
+    tree: the DeepSpeed JSON.  asked: global batch and micro-batch, as json_batch gives them.
+    device: cpu or cuda.  folder: the run's.
+    """
+
+    config: Config
+    tree: dict[str, Any]
+    asked: tuple[int | str, int | str]
+    world_size: int
+    local_ranks: int
+    device: str
+    folder: Path
+
+
+def answer_for_node(node: Node, cache: Cache | None = None) -> dict[str, Any]:
+    """What goes to rank 0 and into plan.json: largest, source (given, cache, plan or probe), told
+    (in words), verified, warnings, and the figures behind it.
+
+    Raises UserError and its kinds, each with the status to leave with.
+    """
+    cache = cache or Cache(default_folder())
+    memory = node_memory(node.config, node.local_ranks, node.device)
+    answer = {"memory": asdict(memory) | {"budget_bytes": memory.budget_bytes}}
+    if node.asked[1] != "auto":
+        return answer | _given(node, memory, cache)
+    sizes = wanted_sizes(node)
+    facts = _facts(node, memory, sizes)
+    key = fingerprint(facts)
+    sizes = _below_failures(sizes, node.folder, key)
+    answer["fingerprint"] = key
+    known = cache.read(key)
+    if known is not None and known["sizes"] == sizes:
+        return answer | known | {"source": "cache", "told": f"as found before: {known['told']}"}
+    found = _find(node, memory, sizes, cache)
+    if found["source"] == "probe":
+        cache.write(key, found | {"sizes": sizes})
+    return answer | found
+
+
+def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
+    """Raises DeviceBusy when nobody can say how much there is."""
+    batching = config.batching
+    given, known = None, None
+    if batching.device_memory is not None:
+        known = find_device(batching.device_memory)
+        given = known.memory_bytes
+    if device == "cuda":
+        gpus = visible_gpus(read_gpus())
+        limit, name = cuda_budget(local_ranks, gpus, given), gpus[0].name
+        outside, kappa = OUTSIDE_BYTES, KAPPA
+    else:
+        limit, name = host_budget(local_ranks, given_bytes=given), "cpu"
+        # This process has imported what a rank imports, and done nothing else.
+        outside, kappa = psutil.Process().memory_info().rss, 1.0
+    if limit.bytes != given:
+        limit = Limit(limit.name, _steady(limit.bytes))
+    share, least = batching.headroom, batching.headroom_bytes
+    share = HEADROOM[device] if share == "auto" else float(share)
+    least = HEADROOM_BYTES[device] if least == "auto" else int(least)
+    return Memory(name, limit, max(int(share * limit.bytes), least), outside, kappa)
+
+
+def _steady(number: int) -> int:
+    """Rounded down, by 1.5 % at most: what is free differs a little from start to start."""
+    step = 1 << max(0, number.bit_length() - 7)
+    return number // step * step
+
+
+def wanted_sizes(node: Node) -> list[int]:
+    """Micro-batches that the run could take, ascending."""
+    total, batching = node.asked[0], node.config.batching
+    return micro_batches(
+        None if total == "auto" else int(total),
+        world_size=node.world_size,
+        multiple_of=batching.multiple_of,
+        min_micro_batch=min_micro_batch(node.config),
+        max_global=batching.max_global,
+    )
+
+
+def _facts(node: Node, memory: Memory, sizes: Sequence[int]) -> dict[str, Any]:
+    return memory_facts(
+        node.config,
+        node.tree,
+        world_size=node.world_size,
+        local_ranks=node.local_ranks,
+        device={"name": memory.name, "budget_bytes": memory.budget_bytes},
+        accumulates=_accumulates(node, sizes),
+    )
+
+
+def _accumulates(node: Node, sizes: Sequence[int]) -> bool:
+    """Whether a smaller micro-batch means more of them a step; then gradients stay meanwhile."""
+    return node.asked[0] != "auto" and len(sizes) > 1
+
+
+def _forecast(node: Node, cache: Cache, accumulates: bool) -> Forecast:
+    return Forecast(
+        node.config,
+        node.tree,
+        world_size=node.world_size,
+        device=node.device,
+        accumulation=2 if accumulates else 1,
+        cache=cache,
+    )
+
+
+def _given(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
+    """The user's number is obeyed; where the plan says otherwise, a warning has both figures."""
+    micro, warnings = int(node.asked[1]), []
+    told = "as given"
+    if node.config.batching.probe != "never":
+        total = node.asked[0]
+        accumulates = total != "auto" and int(total) > micro * node.world_size
+        peak = memory.taken(_forecast(node, cache, accumulates).at(micro).highest)
+        told = f"as given; the plan takes {show_bytes(peak)} of {show_bytes(memory.limit.bytes)}"
+        if peak > memory.limit.bytes:
+            warnings.append(
+                f"micro-batch {micro} takes {show_bytes(peak)} by the plan, there are "
+                f"{show_bytes(memory.limit.bytes)} ({memory.limit.name}); it may run out of memory"
+            )
+    return {
+        "largest": micro,
+        "source": "given",
+        "told": told,
+        "verified": False,
+        "warnings": warnings,
+    }
+
+
+def _below_failures(sizes: list[int], folder: Path, key: str) -> list[int]:
+    """Without those that ran out of memory in this run, under a plan with the same fingerprint."""
+    plan, failed = folder / "plan.json", []
+    if plan.exists():
+        settled = json.loads(plan.read_text())
+        if any(answer.get("fingerprint") == key for answer in settled["nodes"].values()):
+            for path in (folder / OOM_FOLDER).glob("oom-*.json"):
+                failed.append(json.loads(path.read_text())["micro_batch_size"])
+    left = [size for size in sizes if not failed or size <= 0.9 * min(failed)]
+    if not left:
+        raise DoesNotFit(
+            f"micro-batch {min(failed)} ran out of memory and the batch has no smaller divisor; "
+            f"change batching.global_batch_size, or remove {folder / OOM_FOLDER}"
+        )
+    return left
+
+
+def _find(node: Node, memory: Memory, sizes: list[int], cache: Cache) -> dict[str, Any]:
+    forecast = _forecast(node, cache, _accumulates(node, sizes))
+    mode, most = node.config.batching.probe, sizes[-1]
+    limit = show_bytes(memory.limit.bytes)
+    if mode != "always":
+        taken = memory.taken(forecast.at(most).highest)
+        if taken <= EASY * memory.limit.bytes:
+            told = f"all of a rank's share; the plan takes {show_bytes(taken)} of {limit}"
+            return _planned(most, taken, told)
+    if mode == "never":
+        allowed = memory.planned(memory.limit.bytes * (1 - PLAN_HEADROOM))
+        best = forecast.largest(allowed, sizes)
+        if best is None:
+            raise _does_not_fit(node, memory, forecast, sizes[0])
+        taken = memory.taken(forecast.at(best).highest)
+        told = f"by the plan alone, {show_bytes(taken)} of {limit}; not verified"
+        return _planned(best, taken, told)
+    return _probe(node, memory, sizes, forecast, cache)
+
+
+def _planned(largest: int, taken: int, told: str) -> dict[str, Any]:
+    return {
+        "largest": largest,
+        "source": "plan",
+        "told": told,
+        "verified": False,
+        "warnings": [],
+        "planned_bytes": taken,
+    }
+
+
+def _probe(
+    node: Node, memory: Memory, sizes: list[int], forecast: Forecast, cache: Cache
+) -> dict[str, Any]:
+    folder = node.folder / "probe"
+    shutil.rmtree(folder, ignore_errors=True)
+    guess = forecast.largest(memory.planned(memory.budget_bytes), sizes)
+    log.info(
+        "probing with real steps: %s per rank (%s), %s of it left free, plan %s",
+        *(show_bytes(memory.limit.bytes), memory.limit.name, show_bytes(memory.headroom_bytes)),
+        guess or "below the smallest",
+    )
+    steps = RealSteps(
+        TrialJob(
+            config=node.config,
+            deepspeed=node.tree,
+            sizes=[],
+            accumulation=2 if _accumulates(node, sizes) else 1,
+            limit_bytes=memory.budget_bytes,
+        ),
+        ranks=node.local_ranks,
+        folder=folder,
+    )
+    try:
+        answer = find_micro_batch(
+            steps.measure,
+            steps.verify,
+            memory.budget_bytes,
+            sizes,
+            guess=guess,
+            shape=forecast.curve(sizes[-1]),
+        )
+    except NothingFits as error:
+        raise _does_not_fit(node, memory, forecast, sizes[0], error) from None
+    size = answer.micro_batch_size
+    peak = answer.verified.peaks.highest if answer.verified and answer.verified.peaks else None
+    took = "" if peak is None else f", {show_bytes(peak)} of {show_bytes(memory.limit.bytes)}"
+    return {
+        "largest": size,
+        "source": "probe",
+        "told": f"measured{took}" + ("" if answer.verified else "; not verified"),
+        "verified": answer.verified is not None,
+        "warnings": list(answer.warnings),
+        "guess": guess,
+        "tries": answer.tries,
+        "points": [asdict(point) for point in answer.points],
+        "started": steps.started,
+    }
+
+
+def _does_not_fit(
+    node: Node,
+    memory: Memory,
+    forecast: Forecast,
+    size: int,
+    error: NothingFits | None = None,
+) -> UserError:
+    needed = error.needed_bytes if error and error.needed_bytes else None
+    if needed is None:
+        needed = memory.taken(forecast.at(size).highest)
+    told = f" ({error.reason})" if error and error.reason else ""
+    return DoesNotFit(
+        f"micro-batch {size} needs {show_bytes(needed)} a rank and there are "
+        f"{show_bytes(memory.budget_bytes)}, headroom off ({memory.limit.name}){told}; "
+        f"{advice(node, memory, size)}"
+    )

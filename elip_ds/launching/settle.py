@@ -1,0 +1,177 @@
+"""The batch of a run, settled before its ranks join: given, remembered, planned or measured.
+
+The first rank of every node answers for its node: the largest micro-batch that fits there. Rank 0
+takes the smallest answer, makes the run's batch of it, and tells all. No device is touched by the
+ranks themselves; what is measured is measured in processes that end before training starts.
+"""
+
+import dataclasses
+import json
+import logging
+import socket
+import time
+from typing import Any
+
+from elip_ds import dist
+from elip_ds.batching import Plan, better_batches, choose_micro_batch, plan_batch
+from elip_ds.config import Config
+from elip_ds.engine import json_batch
+from elip_ds.engine.schedule import scale_lr
+from elip_ds.errors import UserError
+from elip_ds.launching.node import answer_for_node
+from elip_ds.run import Run
+from elip_ds.tasks import min_micro_batch
+
+log = logging.getLogger(__name__)
+
+PLAN = "plan.json"
+"In a run's folder: what was settled, and what it rests on."
+SCHEMA = 1
+ANSWER_SECONDS = 1800.0
+"The longest that a node may take to answer, its probe among it."
+
+
+def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config, Plan]:
+    """The config with the batch in numbers, and the plan. Every rank calls it, before joining.
+
+    tree: the DeepSpeed JSON, as read_ds_config gave it.  Raises UserError, the same on all ranks.
+    """
+    asked = json_batch(tree, config.batching, run.world_size)
+    leads = run.ranks.local_rank == 0
+    dist.leave_note(f"node-{run.rank}", socket.gethostname() if leads else None)
+    if leads:
+        dist.leave_note(f"answer-{run.rank}", _told(_answer, config, tree, run, asked))
+    if run.first:
+        dist.leave_note("decision", _told(_decide, config, run, asked))
+    try:
+        decision = dist.read_note("decision", ANSWER_SECONDS + 60)
+    except TimeoutError as error:
+        raise UserError(f"the batch was not settled: {error}") from None
+    _raise_if_refused(decision)
+    plan = Plan(
+        decision["micro_batch_size"],
+        decision["gradient_accumulation_steps"],
+        decision["world_size"],
+    )
+    batching = dataclasses.replace(
+        config.batching,
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+    )
+    return dataclasses.replace(config, batching=batching), plan
+
+
+class Refused(UserError):
+    """As another rank raised it, with the exit status that it had."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _told(function: Any, *args: Any) -> dict[str, Any]:
+    """What a function gives, or the error of a person's making that it raises, as a note."""
+    try:
+        return function(*args)
+    except UserError as error:
+        return {"error": str(error), "status": error.status}
+
+
+def _raise_if_refused(note: dict[str, Any]) -> None:
+    if "error" in note:
+        raise Refused(note["error"], note["status"])
+
+
+def _answer(
+    config: Config, tree: dict[str, Any], run: Run, asked: tuple[int | str, int | str]
+) -> dict[str, Any]:
+    return answer_for_node(
+        config,
+        tree,
+        asked,
+        world_size=run.world_size,
+        local_ranks=run.ranks.local_world_size,
+        device=run.device.type,
+        run_dir=run.dir,
+        stop_asked=lambda: run.stop_asked,
+    )
+
+
+def _decide(config: Config, run: Run, asked: tuple[int | str, int | str]) -> dict[str, Any]:
+    """The plan that every node can do."""
+    answers = _answers(run)
+    smallest = min(answers.values(), key=lambda answer: answer["largest"])
+    plan = decide_plan(config, asked, smallest["largest"], run.world_size)
+    for name, answer in answers.items():
+        if answer["largest"] > smallest["largest"]:
+            log.warning(
+                "micro-batch %d: another node limits it; %s could hold %d",
+                *(plan.micro_batch_size, name, answer["largest"]),
+            )
+        for warning in answer["warnings"]:
+            log.warning("%s: %s", name, warning)
+    better = better_batches(plan, smallest["largest"], min_micro_batch(config))
+    if better and "auto" in asked:
+        log.warning(
+            "global batch %d has no divisor near the %d samples that fit; nearest that have: %s",
+            *(plan.global_batch_size, smallest["largest"], ", ".join(map(str, better))),
+        )
+    decision = dataclasses.asdict(plan) | {
+        "schema": SCHEMA,
+        "created": time.time(),
+        "global_batch_size": plan.global_batch_size,
+        "optimizer": config.optim.name,
+        "peak_learning_rate": scale_lr(config.optim, plan.global_batch_size).lr,
+        "lr_rule": config.optim.lr_rule,
+        "nodes": answers,
+    }
+    run.write_text(run.dir / PLAN, json.dumps(decision, indent=1))
+    log.info("%s", one_line(decision, smallest))
+    return decision
+
+
+def _answers(run: Run) -> dict[str, dict[str, Any]]:
+    """By node; a name that several have gets the rank."""
+    answers: dict[str, dict[str, Any]] = {}
+    for rank in range(run.world_size):
+        try:
+            name = dist.read_note(f"node-{rank}", 300)
+            if name is not None:
+                answer = dist.read_note(f"answer-{rank}", ANSWER_SECONDS)
+                _raise_if_refused(answer)
+                answers[name if name not in answers else f"{name}-{rank}"] = answer
+        except TimeoutError:
+            raise UserError(f"rank {rank} or its node's probe is missing; see its log") from None
+    return answers
+
+
+def decide_plan(
+    config: Config, asked: tuple[int | str, int | str], largest: int, world_size: int
+) -> Plan:
+    """asked: global batch and micro-batch, as json_batch gives them.  largest: micro-batch that
+    fits on every node; a number that was asked for is obeyed.
+    """
+    total, micro = asked
+    batching, least = config.batching, min_micro_batch(config)
+    if micro != "auto":
+        size = int(micro)
+        total = size * world_size if total == "auto" else int(total)
+        return plan_batch(total, size, world_size=world_size, min_micro_batch=least)
+    return choose_micro_batch(
+        largest,
+        None if total == "auto" else int(total),
+        world_size=world_size,
+        multiple_of=batching.multiple_of,
+        min_micro_batch=least,
+        max_global=batching.max_global,
+    )
+
+
+def one_line(decision: dict[str, Any], answer: dict[str, Any]) -> str:
+    """What was settled, and how."""
+    return (
+        f"batch: micro-batch {decision['micro_batch_size']} x accumulation "
+        f"{decision['gradient_accumulation_steps']} x {decision['world_size']} ranks = "
+        f"{decision['global_batch_size']}, peak learning rate {decision['peak_learning_rate']:.4g} "
+        f"({answer['told']})"
+    )

@@ -1,0 +1,139 @@
+"""Run training; where memory runs out, start it again with a smaller micro-batch.
+
+A rank that is out of memory writes RUN/memory/oom-RANK.json and leaves at once. Nothing is lost:
+the run goes on from its last checkpoint with the same global batch.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from elip_ds.batching import Plan, next_smaller
+from elip_ds.engine.out_of_memory import OOM_FOLDER
+from elip_ds.launching.endings import LaunchError
+from elip_ds.launching.handover import Command
+
+log = logging.getLogger(__name__)
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class RetriesUsedUp(LaunchError):
+    """Memory ran out again and again."""
+
+    status = 20
+
+
+def supervise(
+    command_for: Callable[[int | None], Command], run_dir: Path, retries: int
+) -> int:
+    """Run training to its end and return its exit status.
+
+    command_for: the command for a micro-batch; None: the one that training settles by itself.
+    Raises RetriesUsedUp with every micro-batch that was tried.
+    """
+    micro: int | None = None
+    tried: list[str] = []
+    while True:
+        started = time.time()
+        status = _run(command_for(micro))
+        record = newest_oom(run_dir, started)
+        if record is None:
+            return status
+        plan = Plan(
+            record["micro_batch_size"], record["gradient_accumulation_steps"], record["world_size"]
+        )
+        told = _told(record)
+        tried.append(str(plan.micro_batch_size))
+        smaller = next_smaller(plan, record["min_micro_batch"])
+        if smaller is None:
+            raise RetriesUsedUp(f"{told}; the global batch has no smaller divisor")
+        if len(tried) > retries:
+            raise RetriesUsedUp(
+                f"out of memory at micro-batch {', '.join(tried)}; last: {told}. Set "
+                f"batching.micro_batch_size={smaller.micro_batch_size}, or batching.oom_retries "
+                "above " + str(retries)
+            )
+        log.warning(
+            "%s; going on from the last checkpoint with micro-batch %d -> %d, accumulation %d -> "
+            "%d, global batch %d as before (try %d of %d)",
+            *(told, plan.micro_batch_size, smaller.micro_batch_size),
+            *(plan.gradient_accumulation_steps, smaller.gradient_accumulation_steps),
+            *(plan.global_batch_size, len(tried) + 1, retries + 1),
+        )
+        micro = smaller.micro_batch_size
+
+
+def newest_oom(run_dir: Path, since: float) -> dict[str, Any] | None:
+    """The first record that a rank left since then (seconds since 1970), of all of one start."""
+    records = [
+        json.loads(path.read_text())
+        for path in (run_dir / OOM_FOLDER).glob("oom-*.json")
+        if path.stat().st_mtime >= since
+    ]
+    return min(records, key=lambda record: record["time"], default=None)
+
+
+def _told(record: dict[str, Any]) -> str:
+    asked = record.get("asked_bytes")
+    what = f" asking for {asked / 2**20:.0f} MiB" if asked else ""
+    return (
+        f"rank {record['rank']} ran out of memory{what} at step {record['step']}, micro-batch "
+        f"{record['micro_batch_size']}"
+    )
+
+
+def _run(command: Command) -> int:
+    """One start, in a session of its own; signals to this process go to the ranks alone."""
+    log.info("starting %s", command)
+    child = subprocess.Popen(
+        command.words, env=os.environ | command.environ, start_new_session=True
+    )
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        # DeepSpeed's launchers would die of it, and leave their ranks behind as orphans.
+        ranks = _ranks_of(child.pid)
+        for process in ranks or [psutil.Process(child.pid)]:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        return _status(child.wait())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _end_session(child.pid)
+
+
+def _ranks_of(pid: int) -> list[psutil.Process]:
+    """Descendants of a launcher that are ranks, not their loaders' workers."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            parent = process.parent()
+            if "RANK" in process.environ() and not (parent and "RANK" in parent.environ()):
+                found.append(process)
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return found
+
+
+def _status(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+def _end_session(pid: int) -> None:
+    """Whatever a launcher left behind."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
