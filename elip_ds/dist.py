@@ -9,6 +9,8 @@ import json
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,12 +136,28 @@ def stop() -> None:
         td.destroy_process_group()
 
 
+_pretended = 0
+
+
+@contextmanager
+def pretended_ranks(world_size: int) -> Iterator[None]:
+    """As if this were the first of so many ranks, and without a word to any: results have the right
+    shapes, and whatever values.
+    """
+    global _pretended
+    before, _pretended = _pretended, world_size
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
 def world_size() -> int:
-    return td.get_world_size() if td.is_initialized() else 1
+    return _pretended or (td.get_world_size() if td.is_initialized() else 1)
 
 
 def rank() -> int:
-    return td.get_rank() if td.is_initialized() else 0
+    return td.get_rank() if td.is_initialized() and not _pretended else 0
 
 
 def barrier() -> None:
@@ -152,7 +170,9 @@ def gather_rows(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    td.all_gather_into_tensor(out, x.detach().contiguous())
+    own = x.detach().contiguous()
+    if not _pretended:
+        td.all_gather_into_tensor(out, own)
     return out
 
 
@@ -164,7 +184,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         own = grad.new_empty((len(grad) // world_size(), *grad.shape[1:]))
-        td.reduce_scatter_tensor(own, grad.contiguous())
+        whole = grad.contiguous()
+        if not _pretended:
+            td.reduce_scatter_tensor(own, whole)
         return own
 
 
@@ -179,7 +201,7 @@ def gather_rows_with_grad(x: Tensor) -> Tensor:
 def sum_over_ranks(x: Tensor) -> Tensor:
     """A new tensor: the elementwise sum over ranks. No gradient."""
     x = x.detach().clone()
-    if world_size() > 1:
+    if world_size() > 1 and not _pretended:
         td.all_reduce(x)
     return x
 
@@ -187,7 +209,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def max_over_ranks(x: Tensor) -> Tensor:
     """A new tensor: the elementwise maximum over ranks. No gradient."""
     x = x.detach().clone()
-    if world_size() > 1:
+    if world_size() > 1 and not _pretended:
         td.all_reduce(x, op=td.ReduceOp.MAX)
     return x
 

@@ -1,0 +1,189 @@
+"""A configuration's own training step on tensors without data: what it makes at any micro-batch.
+
+Needs no device, no data, no DeepSpeed; a step of any size takes seconds.
+
+What is taken for granted of a GPU: attention is fused, which keeps queries, keys, values, output
+and one number a row, dropout or not (flash and memory-efficient kernels draw the dropout again from
+a seed); so it is traced without attention dropout, by torch's fused kernel for the CPU, which keeps
+the same. On a CPU attention with dropout is our own (towers/attention.py) and keeps a byte a weight.
+"eager" is attention by single operations, as without a fused kernel.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from elip_ds import dist
+from elip_ds.batching.trace import Traced, trace_step
+from elip_ds.config import Config
+from elip_ds.data.batch import Batch
+from elip_ds.data.made_up import made_up_vocabulary, random_batch
+from elip_ds.objectives import Progress
+from elip_ds.tasks import Pretrain, build_pretrain
+from elip_ds.towers.layers import CrossAttention, SelfAttention
+from elip_ds.towers.pruning import at_ratios, keep_stretches, sequence_lengths
+
+LATE = Progress(step=0, samples_seen=10**9, samples_per_epoch=10**6)
+"Long after every warm-up: the teacher has its whole share in the targets, which costs most."
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Beside its configuration, what a step's memory depends on.
+
+    dtype: of the weights.  device: cuda or cpu, which it will run on.  attention: fused or eager.
+    stage: of ZeRO.  keeps_gradients: see batching.trace.trace_step.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cuda"
+    attention: str = "fused"
+    stage: int = 0
+    keeps_gradients: bool = True
+    world_size: int = 1
+    accumulation: int = 1
+
+
+def most_tokens(config: Config) -> tuple[float, ...]:
+    """Keep ratios of the stretch of the pruning schedule in which the tower sees most tokens."""
+    pruning, vision = config.pruning, config.model.vision
+
+    def tokens(ratios: Sequence[float]) -> int:
+        lengths = sequence_lengths(at_ratios(pruning, ratios), vision.depth, vision.num_patches)
+        return sum(lengths)
+
+    stretches = keep_stretches(pruning, LATE.samples_per_epoch)
+    return max((ratios for _, ratios in stretches), key=tokens)
+
+
+class _Mode(FakeTensorMode):
+    """A tensor of it takes it along when it is copied with its model, as the twin's are."""
+
+    def __deepcopy__(self, memo: Any) -> "_Mode":
+        return self
+
+
+class StepTracer:
+    """Builds the task once; trace() then runs one of its steps at a micro-batch of one's choice."""
+
+    def __init__(
+        self, config: Config, setting: Setting, keep_ratios: Sequence[float] | None = None
+    ) -> None:
+        """keep_ratios: of the pruning stages; None: those of the schedule that cost most."""
+        ratios = most_tokens(config) if keep_ratios is None else keep_ratios
+        self.config = replace(config, pruning=at_ratios(config.pruning, ratios))
+        self.setting = setting
+        self._vocabulary = made_up_vocabulary(config)
+        self._mode = _Mode()
+        with self._mode, _nothing_drawn():
+            self.task = build_pretrain(self.config, self._vocabulary).train()
+            cast_parameters(self.task, setting.dtype)
+            if self.task.teacher is not None:
+                self.task.teacher.masters(self._local)  # there from the start on, as in the engine
+        if setting.device != "cpu":
+            for module in self.task.modules():
+                if isinstance(module, SelfAttention | CrossAttention):
+                    module.dropout = 0.0
+
+    def trace(self, micro_batch_size: int) -> Traced:
+        """The bytes of one optimizer step of so many samples a rank and pass."""
+        part = _Part(self.task)
+        with self._surroundings(), part:
+            steps = min(self.setting.accumulation, 2)  # from the second on all are alike
+            host = random_batch(self.config, self._vocabulary, micro_batch_size)
+            device = torch.device("cpu")
+
+            def forward(micro_step: int) -> Tensor:
+                batch = host.to(device, self.setting.dtype)
+                if micro_step == 0 and self.task.cache.objectives and steps > 1:
+                    self._first_pass(batch)
+                loss = self.task(batch, LATE.at(micro_step, steps))
+                assert loss is not None
+                return loss.total
+
+            def update() -> None:
+                ahead: Batch | None = None
+                if self.setting.device != "cpu":
+                    ahead = host.to(device, self.setting.dtype)  # see engine/prefetch.py
+                self.task.after_step(LATE, self._local)
+                del ahead
+
+            return trace_step(
+                micro_batch_size=micro_batch_size,
+                parameters=[p for p in self.task.parameters() if p.requires_grad],
+                micro_steps=steps,
+                forward=forward,
+                update=update,
+                keeps_gradients=self.setting.keeps_gradients,
+                part_of=part.current,
+            )
+
+    @contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(dist.pretended_ranks(self.setting.world_size))
+            stack.enter_context(self._mode)
+            if self.setting.attention == "eager":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            # In this thread: the counting modes are open in no other.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            yield
+
+    def _first_pass(self, batch: Batch) -> None:
+        """See objectives/grad_cache.py."""
+        steps = self.setting.accumulation
+        with torch.no_grad():
+            for micro_step in range(steps):
+                self.task(batch, LATE.at(micro_step, steps), first_pass=True)
+        self.task.cache.settle(LATE)
+
+    def _local(self, parameter: nn.Parameter) -> Tensor:
+        """What a rank holds of it: as engine/sharding.py."""
+        if self.setting.stage < 3:
+            return parameter.data
+        return parameter.data.flatten()[: -(-parameter.numel() // self.setting.world_size)]
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """torch draws truncated normals until all are inside, which fake ones never are said to be."""
+    before = nn.init.trunc_normal_
+    nn.init.trunc_normal_ = lambda tensor, *_, **__: tensor
+    try:
+        yield
+    finally:
+        nn.init.trunc_normal_ = before
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """As DeepSpeed does for half precision: parameters, not buffers. Fake ones cannot be moved by
+    module.to(), which swaps tensors. One that several modules share stays shared.
+    """
+    cast: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is None or parameter.dtype == dtype:
+                continue
+            if parameter not in cast:
+                data = parameter.detach().to(dtype)
+                cast[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+            part._parameters[name] = cast[parameter]
+
+
+class _Part:
+    """Which part of the model runs, told by the calls of its modules and methods."""
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+
+    def current(self) -> str:
+        return ""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *a: Any) -> None: ...
