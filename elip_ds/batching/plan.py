@@ -1,8 +1,8 @@
 """Micro-batch x accumulation x ranks = global batch, exactly."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil, isqrt
 
 from elip_ds.errors import UserError
@@ -17,11 +17,22 @@ NUM_NEAREST = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """Samples: micro_batch_size per rank and pass, global_batch_size per optimizer step."""
+    """Samples: micro_batch_size per rank and pass, global_batch_size per optimizer step.
+
+    later: micro-batches of the stretches of a pruning schedule, by their keep ratios; none: the
+    same from beginning to end.
+    """
 
     micro_batch_size: int
     gradient_accumulation_steps: int
     world_size: int
+    later: Mapping[tuple[float, ...], int] = field(default_factory=dict, compare=False)
+
+    def at(self, keep_ratios: Sequence[float]) -> "Plan":
+        """The plan of the stretch with these keep ratios; its global batch is the same."""
+        micro = self.later.get(tuple(keep_ratios), self.micro_batch_size)
+        steps = self.global_batch_size // (micro * self.world_size)
+        return replace(self, micro_batch_size=micro, gradient_accumulation_steps=steps)
 
     @property
     def global_batch_size(self) -> int:

@@ -87,8 +87,11 @@ class TrainLoader:
         """Samples that this rank could not use since its start."""
         return self._intake.bad
 
-    def seek(self, samples_seen: int) -> None:
-        """Go on behind so many samples of the run; without it a run starts at 0."""
+    def seek(self, samples_seen: int, micro_batch_size: int | None = None) -> None:
+        """Go on behind so many samples of the run, in batches of another size if one is given;
+        without it a run starts at 0.
+        """
+        self._micro_batch_size = micro_batch_size or self._micro_batch_size
         batches = rank_batches(
             self.order,
             samples_seen,

@@ -37,6 +37,7 @@ from elip_ds.errors import UserError
 from elip_ds.objectives import Progress
 from elip_ds.run import CONFIG, STATE, TOKENIZER, WEIGHTS, Run, list_checkpoints
 from elip_ds.tasks import Pretrain
+from elip_ds.towers.pruning import keep_ratios_at
 from elip_ds.weights import start_from
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ class Engine:
     def train_step(self, loader: TrainLoader) -> StepRecord:
         """Accumulate micro-batches, reduce, update: one optimizer step."""
         progress = Progress(self.step, self.samples_seen, loader.samples_per_epoch)
+        self._follow_schedule(progress, loader)
         lr = learning_rate(
             self.samples_seen, self._optim, self.config.schedule, loader.samples_per_epoch
         )
@@ -199,6 +201,39 @@ class Engine:
             applied=applied,
             bad_samples=loader.bad,
         )
+
+    def _follow_schedule(self, progress: Progress, loader: TrainLoader) -> None:
+        """Where pruning changes the plan may have another micro-batch: fewer tokens, more images.
+
+        The global batch stays, and so does all that counts samples.
+        """
+        if not self.plan.later:
+            return
+        pruning = self.config.pruning
+        ratios = keep_ratios_at(pruning, progress.samples_seen, progress.samples_per_epoch)
+        plan = self.plan.at(ratios)
+        if plan == self.plan:
+            return
+        log.info(
+            "micro-batch %d -> %d, accumulation %d -> %d from sample %d on",
+            *(self.plan.micro_batch_size, plan.micro_batch_size),
+            *(self.plan.gradient_accumulation_steps, plan.gradient_accumulation_steps),
+            self.samples_seen,
+        )
+        self.use(plan)
+        loader.seek(self.samples_seen, plan.micro_batch_size)
+        self._ahead = None  # what it holds is of the old size
+
+    def use(self, plan: Plan) -> None:
+        """Go on with this one. Between two optimizer steps, never inside of one."""
+        self.plan = plan
+        settings = self._engine._config
+        settings.train_micro_batch_size_per_gpu = plan.micro_batch_size
+        settings.gradient_accumulation_steps = plan.gradient_accumulation_steps
+        settings.train_batch_size = plan.global_batch_size
+        self._engine.micro_steps = 0  # DeepSpeed finds a step's end by counting from here
+        if hasattr(self._engine.optimizer, "gradient_accumulation_steps"):
+            self._engine.optimizer.gradient_accumulation_steps = plan.gradient_accumulation_steps
 
     def _run_first_pass(
         self, batches: list[Batch], progress: Progress, clock: "_Clock"
@@ -372,7 +407,7 @@ class Engine:
         self.task.load_state(read_tensors(path / STATE, str(self.run.device)))
         self._load_rng(path)
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
-        loader.seek(self.samples_seen)
+        loader.seek(self.samples_seen, self.plan.micro_batch_size)
         self._ahead = None  # what it holds is of another place
         log.info("resumed %s: step %d, %d samples seen", path, self.step, self.samples_seen)
 

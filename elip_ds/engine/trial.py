@@ -214,7 +214,7 @@ def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
         watch.memory.limit(job.limit_bytes)
     points: list[dict[str, Any]] = []
     for size in job.sizes:
-        engine.plan = Plan(size, job.accumulation, ranks.world_size)
+        engine.use(Plan(size, job.accumulation, ranks.world_size))
         started = time.perf_counter()
         watch.at("forward", micro_batch_size=size, step=0)
         longest = random_batch(config, vocabulary, size)

@@ -1,0 +1,62 @@
+"""Plans as tables for a person: memory by part, and what becomes of the batch."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from elip_ds.batching.sizes import show_bytes
+
+ORDER = ("parameters", "gradients", "optimizer", "teacher", "queues and buffers", "buckets")
+"Parts come in this order, then the others."
+
+
+def show_plans(plans: Sequence[dict[str, Any]]) -> str:
+    """plans: records of launching.planning, the first the one that others are compared with."""
+    table = Table(title=f"memory of a rank: {plans[0]['device']}", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for plan in plans:
+        table.add_column(plan["name"], justify="right")
+    for part in _parts(plans):
+        table.add_row(part, *(_size(plan["parts"].get(part)) for plan in plans))
+    for name in ("left free", "outside of torch"):
+        table.add_row(name, *(_size(plan["reserve"][name]) for plan in plans))
+    table.add_section()
+    for key, told in (
+        ("largest", "largest micro-batch"),
+        ("micro_batch_size", "micro-batch"),
+        ("gradient_accumulation_steps", "accumulation"),
+        ("world_size", "ranks"),
+        ("global_batch_size", "samples a step"),
+        ("steps_per_epoch", "steps an epoch"),
+        ("peak_learning_rate", "peak learning rate"),
+        ("bytes_per_sample", "a sample more takes"),
+    ):
+        table.add_row(told, *(_value(key, plan.get(key)) for plan in plans))
+    out = io.StringIO()
+    console = Console(file=out, width=max(80, 34 + 24 * len(plans)))
+    console.print(table)
+    for plan in plans:
+        for note in plan["notes"]:
+            console.print(f"{plan['name']}: {note}", highlight=False)
+    return out.getvalue()
+
+
+def _parts(plans: Sequence[dict[str, Any]]) -> list[str]:
+    names = {part for plan in plans for part in plan["parts"]}
+    first = [part for part in ORDER if part in names]
+    return first + sorted(names - set(first))
+
+
+def _size(number: int | None) -> str:
+    return "" if not number else show_bytes(number)
+
+
+def _value(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key == "bytes_per_sample":
+        return f"{value / 1e6:.1f} MB"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
