@@ -5,7 +5,7 @@ used is run itself before it is given. Whatever the curve is really like, that r
 line costs tries, never an answer that does not fit.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -90,7 +90,7 @@ def find_micro_batch(
         if tries.limit() == sizes[-1]:
             tries.verify(verify, sizes[-1])
     if tries.verified is None:
-        tries.refine(measure)
+        tries.doubt(measure)
     while tries.count < max_tries and (size := tries.next_size()) is not None:
         tries.verify(verify, size)
     return tries.answer()
@@ -130,15 +130,20 @@ class _Tries:
         return False
 
     def measure(self, measure: Measure, guess: int | None) -> None:
-        """A few small sizes, the least that any line needs."""
-        found = guess is not None and self._run(measure, self._quarters(guess))
-        if not found and not self._run(measure, [self.sizes[0] << i for i in range(LADDER)]):
+        """A few small sizes, up to where the line has not far to go."""
+        if guess is not None:
+            self._run(measure, self._quarters(min(guess, self.failed - 1)))
+        if not self.passed:
+            self._run(measure, [self.sizes[0] << i for i in range(LADDER)])
+        if not self.passed:
             raise self._nothing_fits()
+        while (limit := self.limit()) > REACH * self.passed:
+            self._run(measure, self._quarters(min(limit, 4 * REACH * self.passed)))
 
-    def refine(self, measure: Measure) -> None:
-        """Points nearer to the limit, and one more where they are no line."""
-        if self.limit() > REACH * self.passed:
-            self._run(measure, self._quarters(self.limit()))
+    def doubt(self, measure: Measure) -> None:
+        """More points where those so far are no line, and a word where that does not help."""
+        if self.fit().num_sizes < MIN_POINTS:
+            self._run(measure, [self.passed // 4, self.passed // 2])
         if not self.fit().trusted:
             self._run(measure, [self.limit() // 2])
         fit = self.fit()
@@ -149,12 +154,15 @@ class _Tries:
         first = max(self.sizes[0], size // 16)
         return [first, 2 * first, 4 * first]
 
-    def _run(self, measure: Measure, sizes: Sequence[int]) -> bool:
-        """Whether any size fits by now. Sizes known to fit, or not to, are not tried again."""
-        new = [size for size in sizes if self.passed < size < self.failed]
-        for outcome in measure(new) if new else ():
-            self.take(outcome)
-        return self.passed > 0
+    def _run(self, measure: Measure, sizes: Sequence[int]) -> None:
+        """Those of sizes that are wanted, untried, and not known to fail."""
+        tried = {point.micro_batch_size for point in self.points}
+        new = [s for s in sizes if self.sizes[0] <= s < self.failed and s not in tried]
+        if new:
+            outcomes = measure(new)
+            assert outcomes, new
+            for outcome in outcomes:
+                self.take(outcome)
 
     def limit(self) -> int:
         """The largest size not known to fail that is predicted to fit; 0: none."""
@@ -175,7 +183,7 @@ class _Tries:
         """What to verify next; None when nothing more is to be gained."""
         done = self.verified.micro_batch_size if self.verified else 0
         least = done + max(1, round(self.worthwhile * done))
-        wanted = [size for size in self.sizes if least <= size < self.failed]
+        wanted = self.sizes[bisect_left(self.sizes, least) : bisect_left(self.sizes, self.failed)]
         if not wanted:
             return None
         target = self._target(self.fit(), cautious=not done)
@@ -186,7 +194,7 @@ class _Tries:
     def _target(self, fit: Fit, cautious: bool) -> int:
         """The fit's limit while nothing speaks against it, else between what passed and failed."""
         budget_bytes = self._cautious_bytes(fit) if cautious else self.budget_bytes
-        limit = fit.largest(budget_bytes, self.failed)
+        limit = fit.largest(budget_bytes, min(self.failed, REACH * self.passed))
         if not self.refuted:
             return limit
         middle = (self.passed + self.failed) // 2
@@ -207,10 +215,10 @@ class _Tries:
         if self.verified is not None:
             best = self.verified.micro_batch_size
         else:
-            within = [size for size in self.sizes if size <= self.passed and size < self.failed]
-            if not within:
+            count = bisect_right(self.sizes, min(self.passed, self.failed - 1))
+            if not count:
                 raise self._nothing_fits()
-            best = within[-1]
+            best = self.sizes[count - 1]
             self.warnings.append(f"micro-batch {best} ran, but no verification passed")
         return Answer(
             best, tuple(self.points), self.fit(), self.verified, self.count, tuple(self.warnings)
