@@ -5,7 +5,6 @@ the user. A GPU says itself what is free, through nvidia-smi: asking CUDA would 
 """
 
 import csv
-import math
 import os
 import resource
 import subprocess
@@ -160,12 +159,11 @@ def parse_gpus(gpus: str, processes: str) -> list[Gpu]:
         holders.setdefault(uuid, []).append((int(pid), _mebibytes(used)))
     found = []
     for index, uuid, name, *memory in _rows(gpus, 6):
-        numbers = [_mebibytes(text) for text in memory]
-        total, used, free = (math.nan if number is None else number for number in numbers)
-        if math.isnan(total + used + free):
+        numbers = [number for text in memory if (number := _mebibytes(text)) is not None]
+        if len(numbers) < 3:
             raise DeviceBusy(f"GPU {index}: nvidia-smi does not say what memory it has: {memory}")
-        held = tuple(holders.get(uuid, ()))
-        found.append(Gpu(int(index), uuid, name, int(total), int(used), int(free), held))
+        total, used, free = numbers
+        found.append(Gpu(int(index), uuid, name, total, used, free, tuple(holders.get(uuid, ()))))
     return found
 
 

@@ -49,8 +49,9 @@ def run_ranks(
 ) -> Ending:
     """Run a command as so many ranks until all have left or one has failed.
 
-    environ: theirs, to which is added what makes them ranks.  folder: where they write; rank-RANK.log there is what one said. Raises RankHung. When it
-    returns or raises, also for Ctrl-C or SIGTERM, none of the processes is left.
+    environ: theirs, to which is added what makes them ranks.  folder: where they write;
+    rank-RANK.log there is what one said.  Raises RankHung. When it returns or raises, also for
+    Ctrl-C or SIGTERM, none of the processes is left.
     """
     port, killed_before = _free_port(), count_oom_kills()
     processes: list[subprocess.Popen] = []

@@ -1,0 +1,111 @@
+"""Where a trial is and what it counts. Whole trials of real ranks: launching/test_real_steps.py."""
+
+import json
+import resource
+
+import pytest
+import torch
+from conftest import tiny_words
+
+from elip_ds.config import load_config
+from elip_ds.data.made_up import made_up_vocabulary, random_batch
+from elip_ds.engine import trial
+from elip_ds.engine.trial import HostMemory, Watch
+from elip_ds.engine.trial_job import TrialJob, read_job
+
+MIB = 2**20
+
+
+class Rising:
+    """In place of HostMemory: every peak is higher than the last."""
+
+    def __init__(self) -> None:
+        self.peaks = 0
+
+    def reset(self) -> None:
+        pass
+
+    def peak(self) -> int:
+        self.peaks += 1
+        return self.peaks
+
+
+def beats(folder, laps: list[str]) -> tuple[list[str], dict[str, int]]:
+    """Phases that the heartbeat says after each lap, and the peaks by phase."""
+    watch = Watch(folder, 0, Rising())  # type: ignore[arg-type]
+    watch.at("forward", micro_batch_size=4, step=0)
+    said = []
+    for lap in laps:
+        watch.lap(lap)
+        said.append(json.loads((folder / "heartbeat-0.json").read_text())["phase"])
+    return said, watch.peaks
+
+
+def test_the_heartbeat_says_what_comes_next_and_peaks_what_was(tmp_path):
+    # As Engine.train_step laps: the next data are fetched behind the backward pass.
+    said, peaks = beats(
+        tmp_path, ["data", "forward", "backward", "data", "optimizer", "data", "forward"]
+    )
+    assert said == ["forward", "backward", "step", "step", "step", "forward", "backward"]
+    assert peaks == {"forward": 7, "backward": 3, "step": 5}
+
+
+def test_a_first_pass_over_the_micro_batches_counts_as_forward(tmp_path):
+    said, peaks = beats(tmp_path, ["data", "forward", "data", "forward", "backward"])
+    assert said[2] == "forward"
+    assert peaks == {"forward": 4, "backward": 5}
+
+
+def test_the_peak_of_host_memory_is_that_since_the_reset():
+    memory = HostMemory()
+    memory.reset()
+    before = memory.peak()
+    held = torch.ones(64 * MIB, dtype=torch.uint8)
+    with_it = memory.peak()
+    del held
+    memory.reset()
+    assert with_it - before == pytest.approx(64 * MIB, rel=0.05)
+    assert with_it - memory.peak() == pytest.approx(64 * MIB, rel=0.05)
+
+
+def test_a_limit_on_host_memory_leaves_what_may_still_be_added(monkeypatch):
+    # The numbers only: under the real limit this process would stay for all tests after this one.
+    calls = []
+    monkeypatch.setattr(resource, "setrlimit", lambda number, limits: calls.append(limits[0]))
+    memory = HostMemory()
+    memory.limit(memory.in_use() + 100 * MIB)
+    mapped = memory._read("VmData")
+    assert calls[0] - mapped == pytest.approx(100 * MIB, rel=0.02)
+    with pytest.raises(MemoryError, match="in use before the first step"):
+        memory.limit(MIB)
+
+
+@pytest.mark.parametrize("model", ["albef", "clip"])
+@pytest.mark.parametrize("pad", ["fixed", "longest"])
+def test_the_shortest_captions_have_a_word_and_the_padding_of_the_configuration(model, pad):
+    kind = {"clip": "clip"}.get(model, "albef")
+    config = load_config(tiny_words(f"data.pad={pad}", f"data.tokenizer={kind}", model=model))
+    vocabulary = made_up_vocabulary(config)
+    longest = random_batch(config, vocabulary, 3)
+    short = trial._shortest(longest, config, vocabulary)
+    assert short.input_ids.shape == (3, 8 if pad == "longest" else 12)
+    assert short.attention_mask.sum(dim=1).tolist() == [3 if model == "clip" else 2] * 3
+    assert longest.attention_mask.all()
+    if model == "clip":
+        assert short.input_ids[0, 2] == vocabulary.end_id
+
+
+def test_a_job_is_read_as_it_was_written(tmp_path):
+    config = load_config(tiny_words())
+    job = TrialJob(config, {"zero_optimization": {"stage": 2}}, [1, 4], limit_bytes=7, save=True)
+    job.write(tmp_path)
+    assert read_job(tmp_path) == job
+
+
+def test_the_worst_case_prunes_as_asked_and_starts_from_nothing():
+    schedule = "pruning.schedule=[{after: 9 samples, keep_ratios: [0.3, 0.2]}]"
+    config = load_config(tiny_words(schedule, "model.init_from=[a.pth]"))
+    for ratios, expected in ((None, [0.5, 0.25]), ([0.9, 0.8], [0.9, 0.8])):
+        worst = trial._worst_case(TrialJob(config, {}, [1], keep_ratios=ratios))
+        assert [stage.keep_ratio for stage in worst.pruning.stages] == expected
+        assert (worst.pruning.schedule, worst.model.init_from) == ([], [])
