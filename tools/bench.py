@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counts import PARTS, Counts, count_step, marked_parts
+from counts import Counts, count_step
 from floors import floor
 from stopwatch import (
     BareLoop,
@@ -47,6 +47,7 @@ from elip_ds.config import Config, load_config
 from elip_ds.data import Batch, Vocabulary
 from elip_ds.data.made_up import made_up_vocabulary, random_batch
 from elip_ds.errors import UserError, exit_with
+from elip_ds.launching.parts import PARTS, marked_parts
 from elip_ds.objectives import StepContext
 from elip_ds.objectives.mlm import mask_words
 from elip_ds.tasks import min_micro_batch

@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from counts import PARTS
 from rich.console import Console
 from rich.table import Table
 from stopwatch import PHASES
 
 from elip_ds.errors import UserError
+from elip_ds.launching.parts import PARTS
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -11,14 +11,16 @@ weights) is not seen.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from elip_ds.batching.memory import Peaks
+from elip_ds.batching.zero import Reduction
 
 ROUNDED_TO_BYTES = 512
 "Of torch's CUDA allocator, which gives nothing smaller; on a CPU it is next to nothing."
@@ -26,20 +28,13 @@ ROUNDED_TO_BYTES = 512
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes of one optimizer step beside weights, buffers and the optimizer.
+    """The most bytes alive at once, phase by phase, beside what stays from step to step.
 
-    forward: the peak.  backward: the peak before the first gradient of a weight is done.
-    gradients: the peak from then on.  left: what stays at the backward's end, gradients included
-    that the ZeRO stage does not take away.  update: the peak after the optimizer, when the twin and
-    the queues move.  kept: what is alive between forward and backward, by part of the model.
+    kept: what is alive between forward and backward, by part of the model.
     """
 
     micro_batch_size: int
-    forward: int
-    backward: int
-    gradients: int
-    left: int
-    update: int
+    peaks: Peaks
     kept: dict[str, int]
 
 
@@ -94,51 +89,35 @@ class Tracker(TorchDispatchMode):
 
 
 def trace_step(
+    reduction: Reduction,
     *,
     micro_batch_size: int,
-    parameters: Iterable[Tensor],
     micro_steps: int,
     forward: Callable[[int], Tensor],
     update: Callable[[], object],
-    keeps_gradients: bool,
     part_of: Callable[[], str] = lambda: "",
 ) -> Traced:
-    """Run one optimizer step, without its optimizer, and count. Inside of a FakeTensorMode.
+    """Run one optimizer step and count. Inside of a FakeTensorMode.
 
-    parameters: those that get a gradient.  forward: the number of a micro-batch -> its loss.
-    update: what moves once the optimizer has stepped.  keeps_gradients: weights have a gradient of
-    their own until the optimizer's end (ZeRO 0, 1); otherwise a gradient goes to a bucket, which is
-    not counted here, as soon as it is done.
+    reduction: what ZeRO does with the gradients.  forward: the number of a micro-batch -> its loss.
+    update: what moves once the optimizer has stepped.
     """
-    parameters = list(parameters)
-    with Tracker(part_of) as tracker:
-        first: list[int] = []
-
-        def done(parameter: Tensor) -> None:
-            if not first:
-                first.append(tracker.lap())
-            if not keeps_gradients:
-                parameter.grad = None
-
-        handles = [p.register_post_accumulate_grad_hook(done) for p in parameters]
-        peaks, kept = [], {}
+    with Tracker(part_of) as tracker, reduction.hooked():
+        forward_peaks, backward_peaks, kept = [], [], {}
         for micro_step in range(micro_steps):
-            first.clear()
+            reduction.before_forward()
             loss = forward(micro_step)
-            forward_peak, kept = tracker.lap(), tracker.alive_by_part()
+            reduction.after_forward()
+            forward_peaks.append(tracker.lap())
+            kept = tracker.alive_by_part()
             loss.backward()
             del loss
-            rest = tracker.lap()
-            peaks.append((forward_peak, first[0] if first else rest, rest))
-        left = tracker.alive_bytes
-        for handle in handles:
-            handle.remove()
-        for parameter in parameters:
-            parameter.grad = None
-        tracker.lap()
+            reduction.after_backward(last=micro_step == micro_steps - 1)
+            backward_peaks.append(tracker.lap())
+        reduction.step()
         update()
-        highest = [max(column) for column in zip(*peaks, strict=True)]
-        return Traced(micro_batch_size, *highest, left, tracker.lap(), kept)
+        peaks = Peaks(max(forward_peaks), max(backward_peaks), tracker.lap())
+        return Traced(micro_batch_size, peaks, kept)
 
 
 def _storages(tree: Any) -> list[Any]:

@@ -9,7 +9,7 @@ the same. On a CPU attention with dropout is our own (towers/attention.py) and k
 "eager" is attention by single operations, as without a fused kernel.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,12 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elip_ds import dist
+from elip_ds.batching.predict import Prediction, predict
 from elip_ds.batching.trace import Traced, trace_step
+from elip_ds.batching.zero import Reduction, Weights, Zero, states
 from elip_ds.config import Config
 from elip_ds.data.batch import Batch
 from elip_ds.data.made_up import made_up_vocabulary, random_batch
+from elip_ds.launching.parts import current_part, marked_parts
 from elip_ds.objectives import Progress
-from elip_ds.tasks import Pretrain, build_pretrain
+from elip_ds.tasks import build_pretrain
 from elip_ds.towers.layers import CrossAttention, SelfAttention
 from elip_ds.towers.pruning import at_ratios, keep_stretches, sequence_lengths
 
@@ -37,16 +40,13 @@ LATE = Progress(step=0, samples_seen=10**9, samples_per_epoch=10**6)
 class Setting:
     """Beside its configuration, what a step's memory depends on.
 
-    dtype: of the weights.  device: cuda or cpu, which it will run on.  attention: fused or eager.
-    stage: of ZeRO.  keeps_gradients: see batching.trace.trace_step.
+    zero: of the DeepSpeed configuration.  device: cuda or cpu, which it will run on.  attention:
+    fused or eager.  accumulation: micro-batches of a step.
     """
 
-    dtype: torch.dtype = torch.float32
+    zero: Zero
     device: str = "cuda"
     attention: str = "fused"
-    stage: int = 0
-    keeps_gradients: bool = True
-    world_size: int = 1
     accumulation: int = 1
 
 
@@ -83,7 +83,7 @@ class StepTracer:
         self._mode = _Mode()
         with self._mode, _nothing_drawn():
             self.task = build_pretrain(self.config, self._vocabulary).train()
-            cast_parameters(self.task, setting.dtype)
+            cast_parameters(self.task, setting.zero.dtype)
             if self.task.teacher is not None:
                 self.task.teacher.masters(self._local)  # there from the start on, as in the engine
         if setting.device != "cpu":
@@ -91,43 +91,67 @@ class StepTracer:
                 if isinstance(module, SelfAttention | CrossAttention):
                     module.dropout = 0.0
 
+    def weights(self) -> Weights:
+        """What states() asks."""
+        return Weights(
+            trainable=[[p.numel() for p in group] for group in self._groups()],
+            frozen=[p.numel() for p in self._frozen()],
+            other_bytes=sum(x.numel() * x.itemsize for x in self.task.buffers()),
+            twin=self.task.teacher is not None,
+        )
+
+    def predict(self, micro_batch_size: int) -> Prediction:
+        """On a CPU what is offloaded lies in the same memory."""
+        device, host = states(self.weights(), self.setting.zero)
+        if self.setting.device == "cpu":
+            device = {**device, **{f"offloaded {name}": size for name, size in host.items()}}
+        return predict(self.trace(micro_batch_size), device)
+
     def trace(self, micro_batch_size: int) -> Traced:
         """The bytes of one optimizer step of so many samples a rank and pass."""
-        part = _Part(self.task)
-        with self._surroundings(), part:
-            steps = min(self.setting.accumulation, 2)  # from the second on all are alike
+        with self._surroundings(), marked_parts(self.task):
             host = random_batch(self.config, self._vocabulary, micro_batch_size)
-            device = torch.device("cpu")
+            steps = min(self.setting.accumulation, 2)  # from the second on all are alike
+            batches: list[Batch] = []  # the engine has the last one until its step is over
 
             def forward(micro_step: int) -> Tensor:
-                batch = host.to(device, self.setting.dtype)
+                batches[:] = [self._moved(host)]
                 if micro_step == 0 and self.task.cache.objectives and steps > 1:
-                    self._first_pass(batch)
-                loss = self.task(batch, LATE.at(micro_step, steps))
+                    self._first_pass(batches[0])
+                loss = self.task(batches[0], LATE.at(micro_step, steps))
                 assert loss is not None
                 return loss.total
 
             def update() -> None:
-                ahead: Batch | None = None
                 if self.setting.device != "cpu":
-                    ahead = host.to(device, self.setting.dtype)  # see engine/prefetch.py
+                    batches.append(self._moved(host))  # see engine/prefetch.py
                 self.task.after_step(LATE, self._local)
-                del ahead
 
             return trace_step(
+                Reduction(self.setting.zero, self._groups(), self._frozen()),
                 micro_batch_size=micro_batch_size,
-                parameters=[p for p in self.task.parameters() if p.requires_grad],
                 micro_steps=steps,
                 forward=forward,
                 update=update,
-                keeps_gradients=self.setting.keeps_gradients,
-                part_of=part.current,
+                part_of=current_part,
             )
+
+    def _moved(self, batch: Batch) -> Batch:
+        return batch.to(torch.device("cpu"), self.setting.zero.dtype)
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        """As engine/optim.py, but for its settings: with more groups a step would need less."""
+        mine = [p for p in self.task.parameters() if p.requires_grad]
+        groups = [[p for p in mine if (p.ndim > 1) is decays] for decays in (True, False)]
+        return [group for group in groups if group]
+
+    def _frozen(self) -> list[nn.Parameter]:
+        return [p for p in self.task.parameters() if not p.requires_grad]
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(dist.pretended_ranks(self.setting.world_size))
+            stack.enter_context(dist.pretended_ranks(self.setting.zero.world_size))
             stack.enter_context(self._mode)
             if self.setting.attention == "eager":
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -145,9 +169,9 @@ class StepTracer:
 
     def _local(self, parameter: nn.Parameter) -> Tensor:
         """What a rank holds of it: as engine/sharding.py."""
-        if self.setting.stage < 3:
+        if self.setting.zero.stage < 3:
             return parameter.data
-        return parameter.data.flatten()[: -(-parameter.numel() // self.setting.world_size)]
+        return parameter.data.flatten()[: -(-parameter.numel() // self.setting.zero.world_size)]
 
 
 @contextmanager
@@ -174,16 +198,3 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
                 data = parameter.detach().to(dtype)
                 cast[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
             part._parameters[name] = cast[parameter]
-
-
-class _Part:
-    """Which part of the model runs, told by the calls of its modules and methods."""
-
-    def __init__(self, task: Any) -> None:
-        self.task = task
-
-    def current(self) -> str:
-        return ""
-
-    def __enter__(self) -> None: ...
-    def __exit__(self, *a: Any) -> None: ...

@@ -11,7 +11,7 @@ import stopwatch
 import torch
 import torch.nn.functional as F
 from conftest import tiny_words
-from counts import PARTS, count_step, marked_parts, part
+from counts import count_step
 from floors import floor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +21,7 @@ from workload import PROGRESS, NaiveTask, build_task, held
 from elip_ds.config import PruningConfig, load_config
 from elip_ds.data.made_up import made_up_vocabulary
 from elip_ds.errors import UserError
+from elip_ds.launching.parts import PARTS, marked_parts, part
 from elip_ds.towers import ViT, ViTConfig
 
 ROOT = Path(__file__).parents[2]

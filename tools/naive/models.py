@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from counts import part
 from torch import Tensor
 
 from elip_ds.config import PruningConfig
+from elip_ds.launching.parts import part
 from naive.layers import (
     Weights,
     bert_layer,

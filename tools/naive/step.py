@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from counts import part
 from torch import Tensor
 
 from elip_ds.config import Config, duration_in_samples
 from elip_ds.data import Batch
+from elip_ds.launching.parts import part
 from elip_ds.objectives import Progress, StepContext
 from elip_ds.objectives.itm import draw_matches, draw_negatives
 from elip_ds.objectives.mlm import mask_words

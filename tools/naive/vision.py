@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from counts import part
 from torch import Tensor
 
 from elip_ds.config import PruningConfig
+from elip_ds.launching.parts import part
 from naive.layers import Weights, linear, norm, pre_norm_block
 
 
