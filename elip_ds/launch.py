@@ -10,8 +10,8 @@ from elip_ds.config import load_config
 from elip_ds.engine import read_ds_config
 from elip_ds.errors import UserError, exit_with
 from elip_ds.launching import (
-    plan_tables,
-    probe_node,
+    plan_all,
+    probe_here,
     show_plans,
     supervise,
     training_command,
@@ -53,16 +53,16 @@ def main(argv: list[str]) -> None:
     if options.device_memory is not None:
         words.append(f'batching.device_memory="{options.device_memory}"')
     if options.verb == "plan":
-        tables = plan_tables(words, options.deepspeed, options.ranks, options.compare)
-        _write(options.json, [table.record for table in tables])
-        sys.stdout.write(show_plans(tables))
+        plans = plan_all(words, options.deepspeed, options.ranks, options.compare)
+        _write(options.json, plans)
+        sys.stdout.write(show_plans(plans))
         return
     setup_logging(0)
     settings = ["--deepspeed", options.deepspeed, *words]
     config = load_config(settings)  # every fault of it shows before anything starts
     tree = read_ds_config(options.deepspeed)
     if options.verb == "probe":
-        _write(options.json, probe_node(config, tree, options.ranks))
+        _write(options.json, probe_here(config, tree, options.ranks))
         return
 
     def command(micro: int | None) -> Any:

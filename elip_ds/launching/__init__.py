@@ -1,19 +1,16 @@
 """Before training: how much memory there is, what steps really take, and which batch fits."""
 
-from elip_ds.launching.endings import DeviceBusy, LaunchError, RankFailed, RankHung
-from elip_ds.launching.limits import cuda_budget, host_budget, read_gpus, visible_gpus
-from elip_ds.launching.local_ranks import Patience
-from elip_ds.launching.real_steps import RealSteps
+from elip_ds.launching.handover import training_command
+from elip_ds.launching.planning import plan_all
+from elip_ds.launching.settle import probe_here, settle_batch
+from elip_ds.launching.supervise import supervise
+from elip_ds.launching.telling import show_plans
 
 __all__ = [
-    "DeviceBusy",
-    "LaunchError",
-    "Patience",
-    "RankFailed",
-    "RankHung",
-    "RealSteps",
-    "cuda_budget",
-    "host_budget",
-    "read_gpus",
-    "visible_gpus",
+    "plan_all",
+    "probe_here",
+    "settle_batch",
+    "show_plans",
+    "supervise",
+    "training_command",
 ]

@@ -284,7 +284,7 @@ def _probe(
             memory.budget_bytes,
             sizes,
             guess=guess,
-            shape=forecast.curve(sizes[-1]),
+            shape=forecast.curve(guess or sizes[0]),
         )
     except NothingFits as error:
         raise _does_not_fit(node, memory, forecast, sizes[0], error) from None

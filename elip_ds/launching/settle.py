@@ -10,15 +10,19 @@ import json
 import logging
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from elip_ds import dist
-from elip_ds.batching import Plan, better_batches, choose_micro_batch, plan_batch
+from elip_ds.batching import Plan, choose_micro_batch, plan_batch
+from elip_ds.batching.plan import better_batches
 from elip_ds.config import Config
 from elip_ds.engine import json_batch
 from elip_ds.engine.schedule import scale_lr
 from elip_ds.errors import UserError
-from elip_ds.launching.node import answer_for_node
+from elip_ds.launching.node import Node, answer_for_node
 from elip_ds.run import Run
 from elip_ds.tasks import min_micro_batch
 
@@ -85,16 +89,45 @@ def _raise_if_refused(note: dict[str, Any]) -> None:
 def _answer(
     config: Config, tree: dict[str, Any], run: Run, asked: tuple[int | str, int | str]
 ) -> dict[str, Any]:
+    ranks = run.ranks
     return answer_for_node(
+        Node(
+            config,
+            tree,
+            asked,
+            world_size=run.world_size,
+            local_ranks=ranks.local_world_size,
+            device=ranks.device.type,
+            folder=run.dir,
+        )
+    )
+
+
+def probe_here(config: Config, tree: dict[str, Any], local_ranks: int | None) -> dict[str, Any]:
+    """`launch probe`: this machine's answer, and what a run here would make of it.
+
+    local_ranks: None: as many as there are devices. Raises UserError and its kinds.
+    """
+    device = dist.read_ranks().device
+    ranks = local_ranks or max(1, torch.cuda.device_count())
+    asked = json_batch(tree, config.batching, ranks)
+    folder = Path(config.run.dir) / config.run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    node = Node(
         config,
         tree,
         asked,
-        world_size=run.world_size,
-        local_ranks=run.ranks.local_world_size,
-        device=run.device.type,
-        run_dir=run.dir,
-        stop_asked=lambda: run.stop_asked,
+        world_size=ranks,
+        local_ranks=ranks,
+        device=device.type,
+        folder=folder,
     )
+    answer = answer_for_node(node)
+    plan = decide_plan(config, asked, answer["largest"], ranks)
+    record = _record(config, plan, {socket.gethostname(): answer})
+    (folder / PLAN).write_text(json.dumps(record, indent=1))
+    log.info("%s", one_line(record, answer))
+    return record
 
 
 def _decide(config: Config, run: Run, asked: tuple[int | str, int | str]) -> dict[str, Any]:
@@ -116,18 +149,25 @@ def _decide(config: Config, run: Run, asked: tuple[int | str, int | str]) -> dic
             "global batch %d has no divisor near the %d samples that fit; nearest that have: %s",
             *(plan.global_batch_size, smallest["largest"], ", ".join(map(str, better))),
         )
-    decision = dataclasses.asdict(plan) | {
+    decision = _record(config, plan, answers)
+    run.write_text(run.dir / PLAN, json.dumps(decision, indent=1))
+    log.info("%s", one_line(decision, smallest))
+    return decision
+
+
+def _record(config: Config, plan: Plan, answers: dict[str, Any]) -> dict[str, Any]:
+    return {
         "schema": SCHEMA,
         "created": time.time(),
+        "micro_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "world_size": plan.world_size,
         "global_batch_size": plan.global_batch_size,
         "optimizer": config.optim.name,
         "peak_learning_rate": scale_lr(config.optim, plan.global_batch_size).lr,
         "lr_rule": config.optim.lr_rule,
         "nodes": answers,
     }
-    run.write_text(run.dir / PLAN, json.dumps(decision, indent=1))
-    log.info("%s", one_line(decision, smallest))
-    return decision
 
 
 def _answers(run: Run) -> dict[str, dict[str, Any]]:

@@ -15,22 +15,22 @@ ORDER = ("parameters", "gradients", "optimizer", "teacher", "queues and buffers"
 
 def show_plans(plans: Sequence[dict[str, Any]]) -> str:
     """plans: records of launching.planning, the first the one that others are compared with."""
-    table = Table(title=f"memory of a rank: {plans[0]['device']}", title_justify="left")
+    table = Table(title=f"memory of a rank, {plans[0]['device']}", title_justify="left")
     table.add_column("", no_wrap=True)
     for plan in plans:
         table.add_column(plan["name"], justify="right")
     for part in _parts(plans):
         table.add_row(part, *(_size(plan["parts"].get(part)) for plan in plans))
-    for name in ("left free", "outside of torch"):
+    for name in ("allocator", "outside of torch", "left free"):
         table.add_row(name, *(_size(plan["reserve"][name]) for plan in plans))
     table.add_section()
     for key, told in (
+        ("precision", "precision"),
         ("largest", "largest micro-batch"),
         ("micro_batch_size", "micro-batch"),
         ("gradient_accumulation_steps", "accumulation"),
         ("world_size", "ranks"),
         ("global_batch_size", "samples a step"),
-        ("steps_per_epoch", "steps an epoch"),
         ("peak_learning_rate", "peak learning rate"),
         ("bytes_per_sample", "a sample more takes"),
     ):
@@ -59,4 +59,4 @@ def _value(key: str, value: Any) -> str:
         return "-"
     if key == "bytes_per_sample":
         return f"{value / 1e6:.1f} MB"
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

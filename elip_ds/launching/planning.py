@@ -1,0 +1,149 @@
+"""`launch plan`: what fits on a device that need not be here, and what becomes of the batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from elip_ds.batching import Plan, choose_micro_batch, plan_batch
+from elip_ds.batching.devices import Device, find_device
+from elip_ds.batching.plan import MAX_MICRO_BATCH, better_batches
+from elip_ds.batching.predict import Prediction
+from elip_ds.batching.sizes import show_bytes
+from elip_ds.config import Config, load_config
+from elip_ds.engine import json_batch, read_ds_config
+from elip_ds.engine.schedule import scale_lr
+from elip_ds.errors import UserError
+from elip_ds.launching.forecast import Forecast
+from elip_ds.launching.node import HEADROOM, HEADROOM_BYTES
+from elip_ds.tasks import min_micro_batch
+
+EAGER = "attention=eager"
+"A word of plans alone: attention by single operations, as without a fused kernel."
+
+
+def plan_all(
+    words: Sequence[str], deepspeed: str, ranks: int | None, compared: Sequence[Sequence[str]]
+) -> list[dict[str, Any]]:
+    """A record for the settings, and one for each of compared, which change some of them.
+
+    Among the changes deepspeed=JSON takes another DeepSpeed JSON. Raises UserError.
+    """
+    plans = [plan_one("plan", words, deepspeed, ranks or 1)]
+    for changed in compared:
+        files = [word.partition("=")[2] for word in changed if word.startswith("deepspeed=")]
+        more = [word for word in changed if not word.startswith("deepspeed=")]
+        other = files[-1] if files else deepspeed
+        plans.append(plan_one(" ".join(changed), [*words, *more], other, ranks or 1))
+    return plans
+
+
+def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dict[str, Any]:
+    """Raises UserError where no memory is named: a plan looks at no device."""
+    settings = [word for word in words if word not in (EAGER, "attention=fused")]
+    eager = EAGER in words
+    config = load_config(["--deepspeed", deepspeed, *settings])
+    tree = read_ds_config(deepspeed)
+    named = config.batching.device_memory
+    if named is None:
+        raise UserError("plan looks at no device: add --device-memory, as in 24GiB or a100-80")
+    device = find_device(named)
+    kind = "cpu" if named.lower().startswith("cpu:") else "cuda"
+    forecast = Forecast(
+        config, tree, world_size=ranks, device=kind, attention="eager" if eager else "fused"
+    )
+    left_free = _left_free(config, device, kind)
+    budget = int((device.memory_bytes - left_free - device.outside_bytes) / device.kappa)
+    largest = forecast.largest(budget, range(1, MAX_MICRO_BATCH + 1))
+    notes = _notes(device)
+    if largest is None:
+        smallest = forecast.prediction(1)
+        taken = int(smallest.peaks.highest * device.kappa) + device.outside_bytes
+        notes.insert(0, f"not even one sample fits: with it a rank takes {show_bytes(taken)}")
+        return _record(name, device, forecast, smallest, left_free, None, ranks) | {"notes": notes}
+    plan = _plan(config, tree, largest, ranks, notes)
+    shown = forecast.prediction(plan.micro_batch_size if plan else largest)
+    record = _record(name, device, forecast, shown, left_free, largest, ranks)
+    if plan is not None:
+        record |= {
+            "micro_batch_size": plan.micro_batch_size,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "global_batch_size": plan.global_batch_size,
+            "peak_learning_rate": scale_lr(config.optim, plan.global_batch_size).lr,
+            "lr_rule": config.optim.lr_rule,
+        }
+    return record | {"notes": notes}
+
+
+def _plan(
+    config: Config, tree: dict[str, Any], largest: int, ranks: int, notes: list[str]
+) -> Plan | None:
+    """What the run would do with it; None, with a note, where the batch cannot be made."""
+    total, micro = json_batch(tree, config.batching, ranks)
+    least = min_micro_batch(config)
+    try:
+        if micro != "auto":
+            size = int(micro)
+            batch = size * ranks if total == "auto" else int(total)
+            plan = plan_batch(batch, size, world_size=ranks, min_micro_batch=least)
+            if size > largest:
+                notes.append(f"micro-batch {size} is asked for and does not fit")
+            return plan
+        plan = choose_micro_batch(
+            largest,
+            None if total == "auto" else int(total),
+            world_size=ranks,
+            multiple_of=config.batching.multiple_of,
+            min_micro_batch=least,
+            max_global=config.batching.max_global,
+        )
+    except UserError as error:
+        notes.append(str(error))
+        return None
+    better = better_batches(plan, largest, least)
+    if better:
+        notes.append(f"global batches that use more of it: {', '.join(map(str, better))}")
+    return plan
+
+
+def _left_free(config: Config, device: Device, kind: str) -> int:
+    share, least = config.batching.headroom, config.batching.headroom_bytes
+    share = HEADROOM[kind] if share == "auto" else float(share)
+    least = HEADROOM_BYTES[kind] if least == "auto" else int(least)
+    return max(int(share * device.memory_bytes), least)
+
+
+def _notes(device: Device) -> list[str]:
+    if device.tested or device.kappa == 1.0:
+        return []
+    return [
+        f"{device.name}: what a process takes outside of torch ({show_bytes(device.outside_bytes)}) "
+        f"and what the allocator takes beyond what is in use ({device.kappa - 1:.0%}) are first "
+        "guesses, measured on no such device; a probe decides"
+    ]
+
+
+def _record(
+    name: str,
+    device: Device,
+    forecast: Forecast,
+    shown: Prediction,
+    left_free: int,
+    largest: int | None,
+    ranks: int,
+) -> dict[str, Any]:
+    beyond = int(shown.peaks.highest * (device.kappa - 1))
+    return {
+        "name": name,
+        "device": f"{device.name}, {show_bytes(device.memory_bytes)} usable",
+        "precision": forecast.precision,
+        "world_size": ranks,
+        "largest": largest,
+        "shown_at": shown.micro_batch_size,
+        "peaks": vars(shown.peaks),
+        "parts": shown.parts,
+        "reserve": {
+            "left free": left_free,
+            "outside of torch": device.outside_bytes,
+            "allocator": beyond,
+        },
+        "bytes_per_sample": forecast.slope(),
+    }
