@@ -162,6 +162,17 @@ def fill_ds_config(
     return full
 
 
+BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size")
+
+
+def fit_buckets(tree: dict[str, Any], num_trainable: int) -> None:
+    """DeepSpeed allocates a bucket whole, however small the model: none is larger than that."""
+    zero = tree["zero_optimization"]
+    for name in BUCKETS:
+        if name in zero:
+            zero[name] = min(int(zero[name]), num_trainable)
+
+
 def _precision(tree: dict[str, Any], wanted: str, device: torch.device) -> str:
     fixed = {name: tree.get(name, {}).get("enabled", "auto") for name in PRECISIONS}
     on = [name for name, value in fixed.items() if value is True]

@@ -25,7 +25,7 @@ from elip_ds.config import Config, dump_config, duration_in_samples
 from elip_ds.data import Batch, HeldOut, TrainLoader
 from elip_ds.engine import checkpoint as files
 from elip_ds.engine.compile import check_compile, compile_blocks
-from elip_ds.engine.ds_config import fill_ds_config
+from elip_ds.engine.ds_config import fill_ds_config, fit_buckets
 from elip_ds.engine.fused import Place, choose_kernels, swap_layer_norms
 from elip_ds.engine.lamb import Lamb, bind_lamb, check_lamb
 from elip_ds.engine.optim import build_optimizer
@@ -79,6 +79,9 @@ class Engine:
         self.ds_config = fill_ds_config(
             ds_tree, engine=config.engine, optim=config.optim, plan=plan, device=run.device
         )
+        fit_buckets(self.ds_config, sum(p.numel() for p in task.parameters() if p.requires_grad))
+        if run.first:
+            run.write_text(run.dir / "ds_config.json", json.dumps(self.ds_config, indent=1))
         check_compile(config.engine.compile, self.stage)
         if config.optim.name == "lamb":
             check_lamb(self.ds_config)

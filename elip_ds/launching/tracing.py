@@ -86,6 +86,14 @@ class StepTracer:
             cast_parameters(self.task, setting.zero.dtype)
             if self.task.teacher is not None:
                 self.task.teacher.masters(self._local)  # there from the start on, as in the engine
+        # As the engine (ds_config.fit_buckets): no bucket is larger than all that goes through it.
+        trained = sum(p.numel() for p in self.task.parameters() if p.requires_grad)
+        zero = replace(
+            setting.zero,
+            bucket=min(setting.zero.bucket, trained),
+            prefetch=min(setting.zero.prefetch, trained),
+        )
+        self.setting = replace(setting, zero=zero)
         if setting.device != "cpu":
             for module in self.task.modules():
                 if isinstance(module, SelfAttention | CrossAttention):
