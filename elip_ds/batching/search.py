@@ -90,7 +90,7 @@ def find_micro_batch(
         if tries.limit() == sizes[-1]:
             tries.verify(verify, sizes[-1])
     if tries.verified is None:
-        tries.doubt(measure)
+        tries.check_the_line(measure)
     while tries.count < max_tries and (size := tries.next_size()) is not None:
         tries.verify(verify, size)
     return tries.answer()
@@ -109,7 +109,6 @@ class _Tries:
         self.points: list[Outcome] = []
         self.passed = 0  # largest size that fit, verified or only measured
         self.failed = sizes[-1] + 1  # smallest that did not, or is not wanted
-        self.failure: Outcome | None = None
         self.verified: Outcome | None = None
         self.count = 0  # verifications
         self.refuted = 0  # of these, failed
@@ -118,15 +117,19 @@ class _Tries:
     def fit(self) -> Fit:
         return fit_peaks(self.points, self.shape)
 
-    def take(self, outcome: Outcome) -> bool:
-        """Note it; whether it fit."""
+    def take(self, outcome: Outcome, verification: bool) -> bool:
+        """Note it; whether it fit.
+
+        A measured peak above the budget decides nothing by itself: it may be far off, and the line
+        through all of them knows better.
+        """
         self.points.append(outcome)
         size, peaks = outcome.micro_batch_size, outcome.peaks
         if peaks is not None and peaks.highest <= self.budget_bytes:
             self.passed = max(self.passed, size)
             return True
-        if size < self.failed:
-            self.failed, self.failure = size, outcome
+        if verification or peaks is None:
+            self.failed = min(self.failed, size)
         return False
 
     def measure(self, measure: Measure, guess: int | None) -> None:
@@ -138,14 +141,13 @@ class _Tries:
         if not self.passed:
             raise self._nothing_fits()
         while (limit := self.limit()) > REACH * self.passed:
-            self._run(measure, self._quarters(min(limit, 4 * REACH * self.passed)))
+            if not self._run(measure, self._quarters(min(limit, 4 * REACH * self.passed))):
+                break
 
-    def doubt(self, measure: Measure) -> None:
-        """More points where those so far are no line, and a word where that does not help."""
+    def check_the_line(self, measure: Measure) -> None:
+        """More points where there are too few to check it, and a word where it is none."""
         if self.fit().num_sizes < MIN_POINTS:
             self._run(measure, [self.passed // 4, self.passed // 2])
-        if not self.fit().trusted:
-            self._run(measure, [self.limit() // 2])
         fit = self.fit()
         if fit.num_sizes >= MIN_POINTS and fit.doubt:
             self.warnings.append(f"{fit.doubt}: the limit is found by trying")
@@ -154,15 +156,13 @@ class _Tries:
         first = max(self.sizes[0], size // 16)
         return [first, 2 * first, 4 * first]
 
-    def _run(self, measure: Measure, sizes: Sequence[int]) -> None:
-        """Those of sizes that are wanted, untried, and not known to fail."""
+    def _run(self, measure: Measure, sizes: Sequence[int]) -> bool:
+        """Those of sizes that are wanted, untried and not known to fail; whether there were any."""
         tried = {point.micro_batch_size for point in self.points}
         new = [s for s in sizes if self.sizes[0] <= s < self.failed and s not in tried]
-        if new:
-            outcomes = measure(new)
-            assert outcomes, new
-            for outcome in outcomes:
-                self.take(outcome)
+        for outcome in measure(new) if new else ():
+            self.take(outcome, verification=False)
+        return bool(new)
 
     def limit(self) -> int:
         """The largest size not known to fail that is predicted to fit; 0: none."""
@@ -172,7 +172,7 @@ class _Tries:
         expected = self.fit() if self.points else None
         self.count += 1
         outcome = verify(size)
-        if self.take(outcome):
+        if self.take(outcome, verification=True):
             self.verified = outcome
             return
         self.refuted += 1
@@ -186,30 +186,22 @@ class _Tries:
         wanted = self.sizes[bisect_left(self.sizes, least) : bisect_left(self.sizes, self.failed)]
         if not wanted:
             return None
-        target = self._target(self.fit(), cautious=not done)
+        target = self._target(self.fit(), verified=done > 0)
         if done and target < wanted[0]:
             return None
         return wanted[max(0, bisect_right(wanted, target) - 1)]
 
-    def _target(self, fit: Fit, cautious: bool) -> int:
+    def _target(self, fit: Fit, verified: bool) -> int:
         """The fit's limit while nothing speaks against it, else between what passed and failed."""
-        budget_bytes = self._cautious_bytes(fit) if cautious else self.budget_bytes
-        limit = fit.largest(budget_bytes, min(self.failed, REACH * self.passed))
+        limit = fit.largest(self.budget_bytes, min(self.failed, REACH * self.passed))
         if not self.refuted:
             return limit
         middle = (self.passed + self.failed) // 2
         if limit < self.failed:
             return limit if fit.trusted else min(limit, middle)
-        if fit.trusted and self.refuted == 1 and cautious:  # perhaps wrong by a little only
+        if fit.trusted and self.refuted == 1 and not verified:  # perhaps wrong by a little only
             return self.failed - max(1, self.failed // 8)
         return middle
-
-    def _cautious_bytes(self, fit: Fit) -> int:
-        """For the first try, a little less than the budget where the points scatter.
-
-        A size that runs near the limit is the best of all points; one that fails tells little.
-        """
-        return int(self.budget_bytes * (1 - 2 * max(fit.residual.values())))
 
     def answer(self) -> Answer:
         if self.verified is not None:
@@ -226,15 +218,14 @@ class _Tries:
 
     def _nothing_fits(self) -> NothingFits:
         smallest = self.sizes[0]
-        needed: int | None = None
-        if self.failure is not None and self.failure.micro_batch_size == smallest:
-            needed = self.failure.peaks.highest if self.failure.peaks else None
-        if needed is None and self.shape is not None:
-            needed = self.shape(smallest).highest
-        if needed is None and self.passed:
-            needed = self.fit().predict(smallest).highest
-        if needed is not None and needed <= self.budget_bytes:
-            needed = None  # a plan that is wrong here
+        tried = [point for point in self.points if point.micro_batch_size == smallest]
+        needed = [point.peaks.highest for point in tried if point.peaks]
+        if not needed and self.shape is not None:
+            needed = [self.shape(smallest).highest]
+        told = max(needed, default=0)
         return NothingFits(
-            smallest, self.budget_bytes, needed, self.failure.reason if self.failure else ""
+            smallest,
+            self.budget_bytes,
+            told if told > self.budget_bytes else None,  # else the plan is wrong here
+            tried[-1].reason if tried else "",
         )

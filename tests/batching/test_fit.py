@@ -82,8 +82,8 @@ def test_sizes_that_hardly_differ_do_not_let_noise_decide_the_plan_s_growth() ->
 
 
 def test_memory_never_falls() -> None:
-    falling = [Outcome(b, Peaks(GB - b, GB - b, GB - b)) for b in (1, 2, 4)]
-    assert fit_peaks(falling).predict(1000).highest == pytest.approx(GB, rel=1e-6)
+    falling = [Outcome(b, Peaks(*[GB - 10**6 * b] * 3)) for b in (1, 2, 4)]
+    assert fit_peaks(falling).predict(1000).highest == pytest.approx(GB, rel=0.01)
 
 
 @CASES
@@ -110,6 +110,14 @@ def test_one_point_far_off_is_left_out_but_not_forgotten(
     fit = fit_peaks(node.measure([4, 8, 16, 32, 64]))
     assert fit.doubt == "one peak of forward is far off the line of the others"
     assert fit.predict(128).highest == pytest.approx(curve(128).highest, rel=0.01)
+
+
+def test_the_largest_size_is_never_the_one_left_out() -> None:
+    """It is where a bend shows: without it the others lie on a line that promises too much."""
+    curve = bent(1e6, at_double=100)
+    known = points(curve, [4, 8, 16, 32, 128])
+    assert fit_peaks(known[:4]).trusted
+    assert "off a line" in fit_peaks(known).doubt
 
 
 def test_the_steps_of_an_allocator_are_no_bend() -> None:

@@ -168,6 +168,11 @@ def test_the_next_smaller_keeps_the_global_batch(share: int, ranks: int, largest
         assert smaller.micro_batch_size <= 0.9 * plan.micro_batch_size
 
 
+def test_a_step_down_frees_a_tenth_at_least() -> None:
+    assert next_smaller(Plan(20, 19, 1)) == Plan(10, 38, 1)  # not 19 of 380
+    assert next_smaller(Plan(20, 9, 1)) == Plan(18, 10, 1)
+
+
 def test_nothing_is_smaller_than_the_objectives_need() -> None:
     assert next_smaller(Plan(4, 1, 2), min_micro_batch=2) == Plan(2, 2, 2)
     assert next_smaller(Plan(2, 2, 2), min_micro_batch=2) is None

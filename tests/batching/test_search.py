@@ -184,6 +184,44 @@ def test_a_plan_that_was_wrong_about_that_is_measured() -> None:
     assert node.verified == [50, 37]
 
 
+def test_a_plan_without_room_to_spare_is_measured_first() -> None:
+    node = Node(affine(5e6, 8e6), BUDGET)
+    find_micro_batch(node.measure, node.verify, BUDGET, range(1, 51), guess=52)
+    assert (node.measured, node.verified) == ([[3, 6, 12]], [50])
+
+
+def test_a_wanted_size_close_to_the_limit_is_verified_at_once_under_noise_too() -> None:
+    for seed in range(20):
+        node = Node(affine(5e6, 8e6), BUDGET, noise=0.005, seed=seed)
+        answer = find_micro_batch(node.measure, node.verify, BUDGET, range(1, 181), guess=185)
+        if answer.fit.predict(180).highest <= BUDGET:
+            assert node.verified[0] == 180
+
+
+def test_a_single_size_that_ran_is_joined_by_smaller_ones() -> None:
+    """Twice as many ran out of memory, and one point makes no line."""
+    node = Node(affine(1e6, 2.5e6, states=1.1 * GB), BUDGET)
+    limit = true_maximum(node.curve, BUDGET)
+    answer = find_micro_batch(node.measure, node.verify, BUDGET, ANY_SIZE, guess=9 * limit)
+    ran = 9 * limit // 16
+    assert node.measured == [[ran, 2 * ran, 4 * ran], [ran // 4, ran // 2]]
+    assert answer.micro_batch_size == limit
+    assert answer.tries == 1
+
+
+def test_a_reading_above_the_budget_that_is_far_off_limits_nothing() -> None:
+    node = Node(affine(5e6, 8e6), BUDGET)
+    limit = true_maximum(node.curve, BUDGET)
+
+    def disturbed(sizes):
+        *others, last = node.measure(sizes)
+        return [*others, Outcome(last.micro_batch_size, Peaks(*[round(1.5 * BUDGET)] * 3))]
+
+    answer = find_micro_batch(disturbed, node.verify, BUDGET, ANY_SIZE, guess=limit)
+    assert 0.9 * limit <= answer.micro_batch_size <= limit
+    assert "off a line" in answer.warnings[0]
+
+
 @CASES
 @given(st.integers(1, 400), st.integers(1, 8), st.integers(1, 4), LIMITS)
 def test_only_sizes_that_the_recipe_can_use_are_verified(
@@ -248,6 +286,9 @@ def test_when_nothing_fits_it_says_what_would() -> None:
         "micro-batch 1 takes 4.48 GiB; the budget is 1.86 GiB per rank "
         "(rank 1 asked for 2 MiB in backward)"
     )
+    with pytest.raises(NothingFits) as mistaken:
+        find_micro_batch(node.measure, node.verify, BUDGET, ANY_SIZE, shape=affine(1e6, 1e6))
+    assert mistaken.value.needed_bytes is None
     enough = Node(curve, 100 * GB)
     with pytest.raises(NothingFits) as read:
         find_micro_batch(enough.measure, enough.verify, BUDGET, [2, 4, 8])
