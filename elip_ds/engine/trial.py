@@ -41,6 +41,7 @@ from elip_ds.towers.pruning import at_ratios
 SAMPLES_SEEN = 10**9
 "Where a trial pretends to be: long after every warm-up and ramp."
 SAMPLES_PER_EPOCH = 10**6
+WARM_UP_STEPS = 2
 
 
 class HostMemory:
@@ -57,17 +58,21 @@ class HostMemory:
         return self._read("VmRSS")
 
     def limit(self, limit_bytes: int) -> None:
-        """Make an allocation fail that would bring what is in use above so many bytes.
+        """Make allocations fail before much more than so many bytes are in use.
 
-        Resident memory itself has no limit that raises an error. Of data (RLIMIT_DATA) may be
-        added what resident memory may still grow by, as if every added byte were touched. It
-        counts from what is mapped now, so buffers that are mapped and never touched cost nothing.
+        Resident memory has no limit that raises an error, so the limit is on data (RLIMIT_DATA),
+        as much higher as there was data in the warm-up that was mapped and not resident: what is
+        now, and what came and went, such as DeepSpeed's buckets of gradients, which are filled in
+        part. It is never stricter than the resident peaks, which the caller compares with the same
+        number, and laxer by what the smallest step takes and gives back.
         """
-        mapped, used = self._read("VmData"), self.in_use()
-        if used >= limit_bytes:
-            raise MemoryError(f"{used} bytes in use before the first step, {limit_bytes} allowed")
+        names = ("VmPeak", "VmSize", "VmData", "VmRSS")
+        size_peak, size, data, resident = (self._read(name) for name in names)
+        if resident >= limit_bytes:
+            raise MemoryError(f"{resident} bytes in use at rest, {limit_bytes} allowed")
+        allowed = limit_bytes + (size_peak - size) + (data - resident)
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (mapped + limit_bytes - used, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
 
     def unlimit(self) -> None:
         """So that a rank that ran out can still write down where."""
@@ -205,10 +210,10 @@ def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
     smallest = min_micro_batch(config)
     engine = _build_engine(job, config, vocabulary, ranks, folder=watch.folder / "run")
     engine.on_lap = watch.lap
-    # The first step makes the optimizer's states and the buckets, and loads kernels: what comes
-    # once is there before anything is counted, and before the limit is drawn.
+    # The first step makes the optimizer's states and loads kernels, the second has both: what
+    # comes once is there before anything is counted, and before the limit is drawn.
     watch.at("warm-up", micro_batch_size=job.sizes[0])
-    _run_steps(engine, [random_batch(config, vocabulary, smallest)], 1, watch)
+    _run_steps(engine, [random_batch(config, vocabulary, smallest)], WARM_UP_STEPS, watch)
     if job.limit_bytes is not None:
         watch.at("limit")
         watch.memory.limit(job.limit_bytes)
@@ -231,7 +236,8 @@ def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
             watch.note("forward")
         if job.save and size == job.sizes[-1]:
             watch.at("step")
-            engine.save(stream)
+            if engine.save(stream) is None:
+                raise RuntimeError(f"no checkpoint can be written to {engine.folder}")
             watch.note("step")
         seconds = time.perf_counter() - started
         point = {"micro_batch_size": size, "peaks": dict(watch.peaks), "seconds": seconds}

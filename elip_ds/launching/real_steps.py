@@ -17,6 +17,7 @@ from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
 from elip_ds.launching.endings import Ending, RankFailed, read_records
 from elip_ds.launching.local_ranks import Patience, run_ranks
+from elip_ds.tasks import min_micro_batch
 
 VERIFY_STEPS = 6
 COMMAND = (sys.executable, "-m", "elip_ds.engine.trial")
@@ -30,7 +31,7 @@ class RealSteps:
     """job: without sizes.  ranks: on this node.  folder: a subfolder for every start, which stays.
     evaluate, save: what verify() does besides, because the run does so on its way.
 
-    started: for the report, every start's folder, sizes, and what each rank wrote of them.
+    started: for the report, every start's folder, sizes, and results as each rank wrote them.
     """
 
     job: TrialJob
@@ -66,22 +67,28 @@ class RealSteps:
 
     def _try(self, job: TrialJob, name: str) -> list[Outcome]:
         folder = self.folder / f"{len(self.started):02d}-{name}"
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier launcher's, whose results are stale
         folder.mkdir(parents=True)
+        started: dict[str, Any] = {"folder": str(folder), "sizes": job.sizes, "results": []}
+        self.started.append(started)
         job.write(folder)
         ending = self._run(folder)
-        results = read_records(folder, "result")
-        self.started.append({"folder": str(folder), "sizes": job.sizes, "results": results})
+        started["results"] = read_records(folder, "result")
         if ending.how == "refused":
             raise UserError(ending.reason)
-        if ending.how == "suspected" and not self._suspected:
-            self._suspected = True  # once it may be memory; twice it is something else
-        elif ending.how in ("suspected", "failed"):
-            raise RankFailed(f"{ending.reason}; not retried; more in {folder}")
-        outcomes = _outcomes(results, self.ranks)
+        if ending.how == "failed" or (ending.how == "suspected" and self._clear(ending)):
+            raise RankFailed(f"{ending.reason}; not memory, so not retried; more in {folder}")
+        outcomes = _outcomes(started["results"], self.ranks)
         if ending.how != "done" and all(outcome.peaks for outcome in outcomes):
             tried = ending.micro_batch_size or job.sizes[0]
             outcomes.append(Outcome(tried, None, ending.reason))
         return outcomes
+
+    def _clear(self, suspected: Ending) -> bool:
+        """Whether memory is cleared of it: it happens again, or nothing smaller can be tried."""
+        size = suspected.micro_batch_size or 0
+        again, self._suspected = self._suspected, True
+        return again or size <= min_micro_batch(self.job.config)
 
     def _run(self, folder: Path) -> Ending:
         try:

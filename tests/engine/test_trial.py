@@ -68,16 +68,16 @@ def test_the_peak_of_host_memory_is_that_since_the_reset():
     assert with_it - memory.peak() == pytest.approx(64 * MIB, rel=0.05)
 
 
-def test_a_limit_on_host_memory_leaves_what_may_still_be_added(monkeypatch):
+def test_a_limit_on_host_memory_leaves_what_was_mapped_and_not_resident(monkeypatch):
     # The numbers only: under the real limit this process would stay for all tests after this one.
     calls = []
     monkeypatch.setattr(resource, "setrlimit", lambda number, limits: calls.append(limits[0]))
-    memory = HostMemory()
-    memory.limit(memory.in_use() + 100 * MIB)
-    mapped = memory._read("VmData")
-    assert calls[0] - mapped == pytest.approx(100 * MIB, rel=0.02)
-    with pytest.raises(MemoryError, match="in use before the first step"):
-        memory.limit(MIB)
+    sizes = {"VmPeak": 3500, "VmSize": 3300, "VmData": 1100, "VmRSS": 950}
+    monkeypatch.setattr(HostMemory, "_read", lambda self, name: sizes[name] * MIB)
+    HostMemory().limit(1000 * MIB)
+    assert calls == [(1000 + 200 + 150) * MIB]
+    with pytest.raises(MemoryError, match="in use at rest"):
+        HostMemory().limit(950 * MIB)
 
 
 @pytest.mark.parametrize("model", ["albef", "clip"])

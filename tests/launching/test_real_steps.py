@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
 SMALL, LARGE = 4, 256
-WIDER = ["model.vision.image_size=64", "model.vision.width=64", "engine.precision=fp32"]
+WIDER = ["model.vision.image_size=64", "engine.precision=fp32"]
+"65 patches: a sample then takes a third of a megabyte and more."
 
 
 @pytest.fixture
@@ -39,17 +40,17 @@ def steps(tmp_path, monkeypatch) -> Callable[..., RealSteps]:
     return make
 
 
-def strike(folder: Path, number: signal.Signals, *, phase: str) -> threading.Thread:
-    """Sends rank 1 a signal as soon as its heartbeat says that it is in a phase at LARGE."""
+def strike(start: Path, number: signal.Signals, *, phase: str) -> threading.Thread:
+    """Sends rank 1 of a start a signal once its heartbeat says that it is in a phase at LARGE."""
+    path = start / "heartbeat-1.json"
 
     def wait() -> None:
         end = time.time() + 120
         while time.time() < end:
-            for path in folder.glob("*/heartbeat-1.json"):
-                beat = json.loads(path.read_text())
-                if (beat["phase"], beat["micro_batch_size"]) == (phase, LARGE):
-                    os.kill(beat["pid"], number)
-                    return
+            beat = json.loads(path.read_text()) if path.exists() else {}
+            if (beat.get("phase"), beat.get("micro_batch_size")) == (phase, LARGE):
+                os.kill(beat["pid"], number)
+                return
             time.sleep(0.001)
 
     thread = threading.Thread(target=wait)
@@ -59,7 +60,7 @@ def strike(folder: Path, number: signal.Signals, *, phase: str) -> threading.Thr
 
 def assert_nothing_is_left(tried: RealSteps) -> None:
     beats = [json.loads(p.read_text()) for p in tried.folder.glob("*/heartbeat-*.json")]
-    assert len(beats) == 2 * len(tried.started or ["hung"])
+    assert len(beats) == 2 * len(tried.started)
     assert not [beat for beat in beats if psutil.pid_exists(beat["pid"])]
     assert not list(Path("/dev/shm").glob("deepspeed*"))
     assert not list(tried.folder.glob("*/run"))
@@ -99,13 +100,12 @@ def test_a_limit_below_what_the_engine_takes_is_an_answer_too(steps):
 
 def test_a_killed_rank_is_out_of_memory_once_and_a_failure_when_it_happens_again(steps):
     tried = steps()
-    thread = strike(tried.folder, signal.SIGKILL, phase="backward")
+    thread = strike(tried.folder / "00-measure", signal.SIGKILL, phase="backward")
     small, large = tried.measure([SMALL, LARGE])
     thread.join()
     assert small.peaks is not None and large.peaks is None
     assert large.reason.startswith("rank 1 died of SIGKILL in backward at micro-batch 256")
-    (tried.folder / "00-measure" / "heartbeat-1.json").rename(tried.folder / "first.json")
-    thread = strike(tried.folder, signal.SIGKILL, phase="forward")
+    thread = strike(tried.folder / "01-verify", signal.SIGKILL, phase="forward")
     with pytest.raises(RankFailed, match="rank 1 died of SIGKILL in forward"):
         tried.verify(LARGE)
     thread.join()
@@ -113,7 +113,7 @@ def test_a_killed_rank_is_out_of_memory_once_and_a_failure_when_it_happens_again
 
 def test_a_stopped_rank_hangs_within_the_time_limit(steps):
     tried = steps(silent=30)
-    thread = strike(tried.folder, signal.SIGSTOP, phase="forward")
+    thread = strike(tried.folder / "00-measure", signal.SIGSTOP, phase="forward")
     with pytest.raises(RankHung, match=r"silent for 30 s in forward at micro-batch 256"):
         tried.measure([SMALL, LARGE])
     thread.join()
@@ -124,5 +124,5 @@ def test_a_failure_that_is_not_memory_is_told_in_one_line(steps):
     with pytest.raises(RankFailed, match=r"rank \d failed in start: ValueError: zip\(\)") as caught:
         steps(keep_ratios=[0.5]).measure([SMALL])
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="model.text.vocab_size=64: data.tokenizer=clip has 514"):
+    with pytest.raises(UserError, match=r"vocab_size=64: .* has 514 entries"):
         steps(2, "data.tokenizer=clip").measure([SMALL])
