@@ -5,6 +5,7 @@ a rank dies, its peers fail a moment later in their collectives.
 """
 
 import json
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,13 @@ from typing import Any
 from elip_ds.batching.memory import PHASES
 from elip_ds.engine.out_of_memory import OUT_OF_MEMORY_STATUS
 from elip_ds.errors import UserError
+
+# What gloo and NCCL say of a collective that another rank has left. Their threads also abort then,
+# so that a death by a signal may be cause or consequence.
+_PEER_GONE = re.compile(
+    "connection (was )?(closed|reset|refused)|broken pipe|remote process|remote error",
+    re.IGNORECASE,
+)
 
 
 class LaunchError(UserError):
@@ -76,16 +84,15 @@ def classify(folder: Path, codes: Sequence[int | None], *, kernel_killed: bool) 
             by = "was killed by the kernel" if code < 0 else "left"
             reason = f"rank {rank} {by} for want of memory {_place(beat)}"
             return Ending("out_of_memory", reason, beat["micro_batch_size"])
+    errors = sorted(read_records(folder, "error"), key=lambda record: record["time"])
+    own = [record for record in errors if not _PEER_GONE.search(record["message"])]
+    if own:
+        return _erred(own[0])
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             return _died(rank, read_beat(folder, rank), signal.Signals(-code).name)
-    errors = sorted(read_records(folder, "error"), key=lambda record: record["time"])
     if errors:
-        first = errors[0]
-        if first["kind"] == "UserError":
-            return Ending("refused", first["message"], first["micro_batch_size"])
-        reason = f"rank {first['rank']} failed {_place(first)}: {first['last_line']}"
-        return Ending("failed", reason, first["micro_batch_size"])
+        return _erred(errors[0])
     rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
     reason = f"rank {rank} left with status {code} {_place(read_beat(folder, rank))}"
     return Ending("failed", f"{reason}: {_last_line(folder / f'rank-{rank}.log')}")
@@ -94,6 +101,13 @@ def classify(folder: Path, codes: Sequence[int | None], *, kernel_killed: bool) 
 def hung_line(folder: Path, rank: int, seconds: float, ranks: int) -> str:
     beat = read_beat(folder, rank)
     return f"rank {rank} silent for {seconds:.0f} s {_place(beat)}; {ranks} ranks were ended"
+
+
+def _erred(record: dict[str, Any]) -> Ending:
+    if record["kind"] == "UserError":
+        return Ending("refused", record["message"], _size(record))
+    reason = f"rank {record['rank']} failed {_place(record)}: {record['last_line']}"
+    return Ending("failed", reason, _size(record))
 
 
 def _died(rank: int, beat: dict[str, Any], name: str) -> Ending:

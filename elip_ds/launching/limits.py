@@ -72,12 +72,16 @@ def host_limits(
 
 
 def count_oom_kills(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
-    """Processes of this one's cgroups that the kernel has ended for want of memory so far."""
-    count = 0
+    """Processes of this one's cgroup that the kernel has ended for want of memory so far.
+
+    Whichever limit it was that bound them; those above count the processes of others, too.
+    """
     for folder, _ in _cgroup_folders(proc, cgroup):
         for name in ("memory.events", "memory.oom_control"):
-            count = max(count, _read_table(folder / name).get("oom_kill", 0))
-    return count
+            table = _read_table(folder / name)
+            if "oom_kill" in table:
+                return table["oom_kill"]
+    return 0
 
 
 def _free(proc: Path) -> list[Limit]:
@@ -148,15 +152,15 @@ class Gpu:
 
 
 def read_gpus() -> list[Gpu]:
-    """Of this node, by index. Raises DeviceBusy when nvidia-smi is missing or says nothing."""
-    return parse_gpus(_ask(_QUERY_GPUS), _ask(_QUERY_PROCESSES))
+    """Those of this node that CUDA may use. Raises DeviceBusy when nvidia-smi does not tell."""
+    return visible_gpus(parse_gpus(_ask(_QUERY_GPUS), _ask(_QUERY_PROCESSES)))
 
 
 def parse_gpus(gpus: str, processes: str) -> list[Gpu]:
     """From the two answers of nvidia-smi, comma-separated, without header and units."""
     holders: dict[str, list[tuple[int, int | None]]] = {}
-    for uuid, pid, used in _rows(processes, 3):
-        holders.setdefault(uuid, []).append((int(pid), _mebibytes(used)))
+    for uuid, pid, held in _rows(processes, 3):
+        holders.setdefault(uuid, []).append((int(pid), _mebibytes(held)))
     found = []
     for index, uuid, name, *memory in _rows(gpus, 6):
         numbers = [number for text in memory if (number := _mebibytes(text)) is not None]
@@ -170,7 +174,9 @@ def parse_gpus(gpus: str, processes: str) -> list[Gpu]:
 def visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str] = os.environ) -> list[Gpu]:
     """Those that CUDA_VISIBLE_DEVICES names, by index or the beginning of the uuid, in its order.
 
-    Raises DeviceBusy for a name that is none of them, such as that of a part of a GPU (MIG).
+    nvidia-smi counts by place on the bus; CUDA does where CUDA_DEVICE_ORDER=PCI_BUS_ID, and else
+    only among GPUs of one kind.  Raises DeviceBusy for a name that is none of them, such as that of
+    a part of a GPU (MIG).
     """
     wanted = environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:

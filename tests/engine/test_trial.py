@@ -10,7 +10,7 @@ from conftest import tiny_words
 from elip_ds.config import load_config
 from elip_ds.data.made_up import made_up_vocabulary, random_batch
 from elip_ds.engine import trial
-from elip_ds.engine.trial import HostMemory, Watch
+from elip_ds.engine.trial import CudaMemory, HostMemory, Watch
 from elip_ds.engine.trial_job import TrialJob, read_job
 
 MIB = 2**20
@@ -78,6 +78,27 @@ def test_a_limit_on_host_memory_leaves_what_was_mapped_and_not_resident(monkeypa
     assert calls == [(1000 + 200 + 150) * MIB]
     with pytest.raises(MemoryError, match="in use at rest"):
         HostMemory().limit(950 * MIB)
+
+
+@pytest.mark.gpu
+def test_the_peak_and_the_limit_of_a_device_are_the_allocators():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    memory = CudaMemory(torch.device("cuda", 0))
+    memory.reset()
+    before = memory.peak()
+    held = torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
+    assert memory.peak() - before == 64 * MIB
+    del held
+    memory.reset()
+    assert memory.peak() == before
+    assert memory.more()["reserved_bytes"] >= before + 64 * MIB
+    memory.limit(before + 256 * MIB)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(512 * MIB, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("model", ["albef", "clip"])

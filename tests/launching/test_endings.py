@@ -37,10 +37,19 @@ def test_a_kill_while_the_kernel_ended_processes_is_out_of_memory(tmp_path):
 )
 def test_a_death_inside_a_step_is_suspected_by_its_signal(tmp_path, number, how):
     leave(tmp_path, "heartbeat", 0)
-    leave(tmp_path, "error", 1, kind="RuntimeError", last_line="connection closed")
+    gone = "[pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
+    leave(tmp_path, "error", 1, kind="RuntimeError", message=gone, last_line=gone)
     ending = classify(tmp_path, [-number, 78], kernel_killed=False)
     assert ending.how == how
     assert ending.reason.startswith(f"rank 0 died of {number.name} in forward")
+
+
+def test_a_peer_that_aborts_because_another_failed_is_not_the_cause(tmp_path):
+    leave(tmp_path, "heartbeat", 0)
+    leave(tmp_path, "error", 1, kind="IndexError", message="9", last_line="IndexError: 9")
+    ending = classify(tmp_path, [-signal.SIGABRT, 78], kernel_killed=False)
+    assert ending.how == "failed"
+    assert ending.reason == "rank 1 failed in forward at micro-batch 16, step 0: IndexError: 9"
 
 
 def test_status_77_counts_without_a_record(tmp_path):

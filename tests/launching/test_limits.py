@@ -104,11 +104,17 @@ def test_a_node_that_says_nothing_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("line", "file"),
     [
-        ("0::/job", {"job__memory_dot_events": "oom 9\noom_kill 3\n"}),
+        (
+            "0::/job/mine",
+            {
+                "job__mine__memory_dot_events": "oom 9\noom_kill 3\n",
+                "job__memory_dot_events": "oom 9\noom_kill 5\n",
+            },
+        ),
         ("4:memory:/job", {"memory__job__memory_dot_oom_control": "under_oom 0\noom_kill 3\n"}),
     ],
 )
-def test_the_kernels_kills_are_counted(node, line, file):
+def test_the_kernels_kills_in_this_cgroup_are_counted(node, line, file):
     where = node(line, **file)
     assert count_oom_kills(where["proc"], where["cgroup"]) == 3
 

@@ -16,7 +16,8 @@ from elip_ds.config import load_config
 from elip_ds.engine import read_ds_config
 from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
-from elip_ds.launching import Patience, RankFailed, RankHung, RealSteps
+from elip_ds.launching import Patience, RealSteps
+from elip_ds.launching.endings import RankFailed, RankHung
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
