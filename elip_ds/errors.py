@@ -1,4 +1,4 @@
-"""UserError: what a person can put right. Entries print it as one line and leave with its status."""
+"""UserError: what a person can put right. Entries print it as one line and leave as it says."""
 
 import os
 import sys

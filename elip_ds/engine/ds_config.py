@@ -97,9 +97,7 @@ def json_batch(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"DeepSpeed JSON: {key}={value!r}: 'auto', or a number from 1")
     total = _agreed(total, given, "train_batch_size", "batching.global_batch_size")
-    micro = _agreed(
-        micro, given, "train_micro_batch_size_per_gpu", "batching.micro_batch_size"
-    )
+    micro = _agreed(micro, given, "train_micro_batch_size_per_gpu", "batching.micro_batch_size")
     if "gradient_accumulation_steps" in given:
         steps = given["gradient_accumulation_steps"]
         if total == "auto" and micro != "auto":

@@ -41,17 +41,13 @@ def memory_facts(
         "pruning": dataclasses.asdict(config.pruning),
         "teacher": dataclasses.asdict(config.teacher),
         "objectives": {name: dataclasses.asdict(part) for name, part in config.objectives.items()},
-        "text": {
-            key: getattr(config.data, key) for key in ("text_length", "pad", "tokenizer")
-        },
+        "text": {key: getattr(config.data, key) for key in ("text_length", "pad", "tokenizer")},
         "optimizer": config.optim.name,
         "precision": config.engine.precision,
         "compile": config.engine.compile,
         "fused": config.engine.fused,
         "evaluates": [config.eval.batch_size, config.eval.every, config.run.on_finish],
-        "deepspeed": {
-            key: value for key, value in tree.items() if key not in BATCH_KEYS
-        },
+        "deepspeed": {key: value for key, value in tree.items() if key not in BATCH_KEYS},
         "accumulates": accumulates,
         "ranks": [world_size, local_ranks],
         "device": device,

@@ -142,4 +142,3 @@ def complete_tree(config: Config, tree: dict[str, Any], device: str) -> dict[str
         plan=Plan(1, 1, 1),  # the batch is what is asked
         device=torch.device(device),
     )
-

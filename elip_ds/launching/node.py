@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from elip_ds.batching.cache import Cache, default_folder, fingerprint
 from elip_ds.batching.devices import KAPPA, OUTSIDE_BYTES, find_device
 from elip_ds.batching.search import NothingFits
 from elip_ds.batching.sizes import show_bytes
-from elip_ds.config import Config
+from elip_ds.config import Config, PruningConfig
 from elip_ds.engine.out_of_memory import OOM_FOLDER
 from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
@@ -30,6 +30,7 @@ from elip_ds.launching.forecast import Forecast
 from elip_ds.launching.limits import Limit, cuda_budget, host_budget, read_gpus, visible_gpus
 from elip_ds.launching.real_steps import RealSteps
 from elip_ds.tasks import min_micro_batch
+from elip_ds.towers.pruning import at_ratios
 
 log = logging.getLogger(__name__)
 
@@ -93,27 +94,49 @@ class Node:
 
 def answer_for_node(node: Node, cache: Cache | None = None) -> dict[str, Any]:
     """What goes to rank 0 and into plan.json: largest, source (given, cache, plan or probe), told
-    (in words), verified, warnings, and the figures behind it.
+    (in words), verified, warnings, and the figures behind it; later: the same for each further
+    stretch of the pruning schedule, with its keep_ratios.
 
     Raises UserError and its kinds, each with the status to leave with.
     """
     cache = cache or Cache(default_folder())
     memory = node_memory(node.config, node.local_ranks, node.device)
-    answer = {"memory": asdict(memory) | {"budget_bytes": memory.budget_bytes}}
+    answer: dict[str, Any] = {"memory": asdict(memory) | {"budget_bytes": memory.budget_bytes}}
     if node.asked[1] != "auto":
         return answer | _given(node, memory, cache)
+    first, *others = stretches(node.config.pruning)
+    answer |= _largest(_at(node, first), memory, cache)
+    answer["later"] = [
+        {"keep_ratios": list(ratios)} | _largest(_at(node, ratios), memory, cache)
+        for ratios in others
+    ]
+    return answer
+
+
+def stretches(pruning: PruningConfig) -> list[tuple[float, ...]]:
+    """The keep ratios of a run, each once, in the order in which they come."""
+    ratios = [tuple(stage.keep_ratio for stage in pruning.stages)]
+    return list(dict.fromkeys([*ratios, *(tuple(c.keep_ratios) for c in pruning.schedule)]))
+
+
+def _at(node: Node, ratios: tuple[float, ...]) -> Node:
+    pruning = at_ratios(node.config.pruning, ratios)
+    return replace(node, config=replace(node.config, pruning=pruning))
+
+
+def _largest(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
+    """Of one stretch, its answer."""
     sizes = wanted_sizes(node)
-    facts = _facts(node, memory, sizes)
-    key = fingerprint(facts)
+    key = fingerprint(_facts(node, memory, sizes))
     sizes = _below_failures(sizes, node.folder, key)
-    answer["fingerprint"] = key
     known = cache.read(key)
-    if known is not None and known["sizes"] == sizes:
-        return answer | known | {"source": "cache", "told": f"as found before: {known['told']}"}
-    found = _find(node, memory, sizes, cache)
-    if found["source"] == "probe":
-        cache.write(key, found | {"sizes": sizes})
-    return answer | found
+    if known is not None and known["sizes"] == [sizes[0], len(sizes), sizes[-1]]:
+        found = known | {"source": "cache", "told": f"as found before: {known['told']}"}
+    else:
+        found = _find(node, memory, sizes, cache)
+        if found["source"] == "probe":
+            cache.write(key, found | {"sizes": [sizes[0], len(sizes), sizes[-1]]})
+    return found | {"fingerprint": key}
 
 
 def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
@@ -212,7 +235,8 @@ def _below_failures(sizes: list[int], folder: Path, key: str) -> list[int]:
     plan, failed = folder / "plan.json", []
     if plan.exists():
         settled = json.loads(plan.read_text())
-        if any(answer.get("fingerprint") == key for answer in settled["nodes"].values()):
+        answers = [a for node in settled["nodes"].values() for a in (node, *node.get("later", ()))]
+        if any(answer.get("fingerprint") == key for answer in answers):
             for path in (folder / OOM_FOLDER).glob("oom-*.json"):
                 failed.append(json.loads(path.read_text())["micro_batch_size"])
     left = [size for size in sizes if not failed or size <= 0.9 * min(failed)]

@@ -115,8 +115,8 @@ def _notes(device: Device) -> list[str]:
     if device.tested or device.kappa == 1.0:
         return []
     return [
-        f"{device.name}: what a process takes outside of torch ({show_bytes(device.outside_bytes)}) "
-        f"and what the allocator takes beyond what is in use ({device.kappa - 1:.0%}) are first "
+        f"{device.name}: what a process takes outside of torch "
+        f"({show_bytes(device.outside_bytes)}) and what the allocator takes beyond what is in use ({device.kappa - 1:.0%}) are first "
         "guesses, measured on no such device; a probe decides"
     ]
 

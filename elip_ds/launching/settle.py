@@ -5,11 +5,11 @@ takes the smallest answer, makes the run's batch of it, and tells all. No device
 ranks themselves; what is measured is measured in processes that end before training starts.
 """
 
-import dataclasses
 import json
 import logging
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from elip_ds.config import Config
 from elip_ds.engine import json_batch
 from elip_ds.engine.schedule import scale_lr
 from elip_ds.errors import UserError
-from elip_ds.launching.node import Node, answer_for_node
+from elip_ds.launching.node import Node, answer_for_node, stretches
 from elip_ds.run import Run
 from elip_ds.tasks import min_micro_batch
 
@@ -56,13 +56,14 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
         decision["micro_batch_size"],
         decision["gradient_accumulation_steps"],
         decision["world_size"],
+        {tuple(part["keep_ratios"]): part["micro_batch_size"] for part in decision["later"]},
     )
-    batching = dataclasses.replace(
+    batching = replace(
         config.batching,
         global_batch_size=plan.global_batch_size,
         micro_batch_size=plan.micro_batch_size,
     )
-    return dataclasses.replace(config, batching=batching), plan
+    return replace(config, batching=batching), plan
 
 
 class Refused(UserError):
@@ -123,7 +124,7 @@ def probe_here(config: Config, tree: dict[str, Any], local_ranks: int | None) ->
         folder=folder,
     )
     answer = answer_for_node(node)
-    plan = decide_plan(config, asked, answer["largest"], ranks)
+    plan = decide_plan(config, asked, [answer], ranks)
     record = _record(config, plan, {socket.gethostname(): answer})
     (folder / PLAN).write_text(json.dumps(record, indent=1))
     log.info("%s", one_line(record, answer))
@@ -134,7 +135,7 @@ def _decide(config: Config, run: Run, asked: tuple[int | str, int | str]) -> dic
     """The plan that every node can do."""
     answers = _answers(run)
     smallest = min(answers.values(), key=lambda answer: answer["largest"])
-    plan = decide_plan(config, asked, smallest["largest"], run.world_size)
+    plan = decide_plan(config, asked, list(answers.values()), run.world_size)
     for name, answer in answers.items():
         if answer["largest"] > smallest["largest"]:
             log.warning(
@@ -166,6 +167,10 @@ def _record(config: Config, plan: Plan, answers: dict[str, Any]) -> dict[str, An
         "optimizer": config.optim.name,
         "peak_learning_rate": scale_lr(config.optim, plan.global_batch_size).lr,
         "lr_rule": config.optim.lr_rule,
+        "later": [
+            {"keep_ratios": list(ratios), "micro_batch_size": size}
+            for ratios, size in plan.later.items()
+        ],
         "nodes": answers,
     }
 
@@ -186,25 +191,41 @@ def _answers(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def decide_plan(
-    config: Config, asked: tuple[int | str, int | str], largest: int, world_size: int
+    config: Config,
+    asked: tuple[int | str, int | str],
+    answers: list[dict[str, Any]],
+    world_size: int,
 ) -> Plan:
-    """asked: global batch and micro-batch, as json_batch gives them.  largest: micro-batch that
-    fits on every node; a number that was asked for is obeyed.
+    """asked: global batch and micro-batch, as json_batch gives them; a number is obeyed.
+    answers: of all nodes; the smallest counts, in each stretch of the pruning schedule.
     """
     total, micro = asked
-    batching, least = config.batching, min_micro_batch(config)
+    least = min_micro_batch(config)
     if micro != "auto":
         size = int(micro)
         total = size * world_size if total == "auto" else int(total)
         return plan_batch(total, size, world_size=world_size, min_micro_batch=least)
-    return choose_micro_batch(
-        largest,
-        None if total == "auto" else int(total),
-        world_size=world_size,
-        multiple_of=batching.multiple_of,
-        min_micro_batch=least,
-        max_global=batching.max_global,
-    )
+
+    def choose(largest: int, total: int | None) -> Plan:
+        return choose_micro_batch(
+            largest,
+            total,
+            world_size=world_size,
+            multiple_of=config.batching.multiple_of,
+            min_micro_batch=least,
+            max_global=config.batching.max_global,
+        )
+
+    first = min(answer["largest"] for answer in answers)
+    plan = choose(first, None if total == "auto" else int(total))
+    later = {}
+    for parts in zip(*(answer["later"] for answer in answers), strict=True):
+        largest = min(part["largest"] for part in parts)
+        ratios = tuple(parts[0]["keep_ratios"])
+        later[ratios] = choose(largest, plan.global_batch_size).micro_batch_size
+    if later:
+        later[stretches(config.pruning)[0]] = plan.micro_batch_size
+    return replace(plan, later=later)
 
 
 def one_line(decision: dict[str, Any], answer: dict[str, Any]) -> str:

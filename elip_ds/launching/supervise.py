@@ -33,9 +33,7 @@ class RetriesUsedUp(LaunchError):
     status = 20
 
 
-def supervise(
-    command_for: Callable[[int | None], Command], run_dir: Path, retries: int
-) -> int:
+def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retries: int) -> int:
     """Run training to its end and return its exit status.
 
     command_for: the command for a micro-batch; None: the one that training settles by itself.

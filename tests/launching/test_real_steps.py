@@ -16,8 +16,9 @@ from elip_ds.config import load_config
 from elip_ds.engine import read_ds_config
 from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
-from elip_ds.launching import Patience, RealSteps
 from elip_ds.launching.endings import RankFailed, RankHung
+from elip_ds.launching.local_ranks import Patience
+from elip_ds.launching.real_steps import RealSteps
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

@@ -61,7 +61,9 @@ def test_after_memory_ran_out_the_next_smaller_divisor_is_tried(tmp_path):
 
 
 def test_it_gives_up_after_the_retries_and_names_what_was_tried(tmp_path):
-    with pytest.raises(RetriesUsedUp, match="micro-batch 32, 16; last: rank 1 ran out .*=8") as told:
+    with pytest.raises(
+        RetriesUsedUp, match=r"micro-batch 32, 16; last: rank 1 ran out .*=8"
+    ) as told:
         supervise(command_for(tmp_path, fits=1), tmp_path, retries=1)
     assert told.value.status == 20 and tried(tmp_path) == [32, 16]
 
