@@ -87,10 +87,6 @@ def find_micro_batch(
         tries.verify(verify, sizes[-1])
     if tries.verified is None:
         tries.measure(measure, guess)
-        if tries.limit() == sizes[-1]:
-            tries.verify(verify, sizes[-1])
-    if tries.verified is None:
-        tries.check_the_line(measure)
     while tries.count < max_tries and (size := tries.next_size()) is not None:
         tries.verify(verify, size)
     return tries.answer()
@@ -133,7 +129,7 @@ class _Tries:
         return False
 
     def measure(self, measure: Measure, guess: int | None) -> None:
-        """A few small sizes, up to where the line has not far to go."""
+        """A few small sizes, enough to check a line by, up to where it has not far to go."""
         if guess is not None:
             self._run(measure, self._quarters(min(guess, self.failed - 1)))
         if not self.passed:
@@ -143,9 +139,6 @@ class _Tries:
         while (limit := self.limit()) > REACH * self.passed:
             if not self._run(measure, self._quarters(min(limit, 4 * REACH * self.passed))):
                 break
-
-    def check_the_line(self, measure: Measure) -> None:
-        """More points where there are too few to check it, and a word where it is none."""
         if self.fit().num_sizes < MIN_POINTS:
             self._run(measure, [self.passed // 4, self.passed // 2])
         fit = self.fit()

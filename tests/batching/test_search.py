@@ -44,6 +44,8 @@ def test_without_noise_one_verification_finds_the_limit(
     assert answer.tries == len(node.verified) == 1
     assert answer.verified and answer.verified.micro_batch_size == answer.micro_batch_size
     assert answer.fit.trusted and not answer.warnings
+    sizes = [size for group in node.measured for size in group]
+    assert len({*sizes}) == len(sizes)
 
 
 @CASES
@@ -204,6 +206,9 @@ def test_a_single_size_that_ran_is_joined_by_smaller_ones() -> None:
     limit = true_maximum(node.curve, BUDGET)
     answer = find_micro_batch(node.measure, node.verify, BUDGET, ANY_SIZE, guess=9 * limit)
     ran = 9 * limit // 16
+    few = Node(node.curve, BUDGET)
+    find_micro_batch(few.measure, few.verify, BUDGET, range(60, 5000), guess=9 * limit)
+    assert ran // 4 < 60 and few.measured[1] == [ran // 2]
     assert node.measured == [[ran, 2 * ran, 4 * ran], [ran // 4, ran // 2]]
     assert answer.micro_batch_size == limit
     assert answer.tries == 1
