@@ -107,7 +107,7 @@ class _Tries:
         self.failed = sizes[-1] + 1  # smallest that did not, or is not wanted
         self.verified: Outcome | None = None
         self.count = 0  # verifications
-        self.refuted = 0  # of these, failed
+        self.refuted = 0  # of these, failed against the fit's word
         self.warnings: list[str] = []
 
     def fit(self) -> Fit:
@@ -168,8 +168,8 @@ class _Tries:
         if self.take(outcome, verification=True):
             self.verified = outcome
             return
-        self.refuted += 1
         if expected and expected.predict(size).highest <= self.budget_bytes:
+            self.refuted += 1
             self.warnings.append(f"micro-batch {size} was predicted to fit and did not")
 
     def next_size(self) -> int | None:
