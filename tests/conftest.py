@@ -1,5 +1,8 @@
 """One tiny config and batch for all tests. The functions are for tests in other processes."""
 
+import os
+import tempfile
+
 import pytest
 import torch
 
@@ -8,6 +11,9 @@ from elip_ds.data import Batch, Vocabulary
 from elip_ds.tasks import Pretrain, build_pretrain
 
 torch.set_num_threads(1)
+# Plans that tests make are neither taken from this user's cache nor left there.
+_cache = tempfile.TemporaryDirectory(prefix="elip_cache_")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 pytest_plugins = ["end_to_end.jobs"]  # start(): real runs of train.py
 

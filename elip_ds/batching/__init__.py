@@ -1,6 +1,6 @@
 """What a global batch is made of, and what fits.
 
-Also inside, for the launcher: sizes, devices, fit, cache, agree.
+Also inside, for the launcher: sizes, devices, fit, cache.
 """
 
 from elip_ds.batching.memory import PHASES, Outcome, Peaks

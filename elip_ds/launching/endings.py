@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elip_ds.batching.memory import PHASES
+from elip_ds.batching.sizes import show_bytes
 from elip_ds.engine.out_of_memory import OUT_OF_MEMORY_STATUS
 from elip_ds.errors import UserError
 
@@ -124,8 +125,8 @@ def _size(beat: dict[str, Any]) -> int | None:
 
 def _told(record: dict[str, Any]) -> str:
     asked = record.get("asked_bytes")
-    what = f"asked for {_show(asked)} more" if asked else "ran out of memory"
-    in_use = _show(record["in_use_bytes"])
+    what = f"asked for {show_bytes(asked)} more" if asked else "ran out of memory"
+    in_use = show_bytes(record["in_use_bytes"])
     return f"rank {record['rank']} {what} {_place(record)}, with {in_use} in use"
 
 
@@ -133,10 +134,6 @@ def _place(beat: dict[str, Any]) -> str:
     if beat["micro_batch_size"] is None:
         return f"in {beat['phase']}"
     return f"in {beat['phase']} at micro-batch {beat['micro_batch_size']}, step {beat['step']}"
-
-
-def _show(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 def _last_line(log: Path) -> str:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import elip_ds
 from elip_ds.errors import UserError
+from elip_ds.launching.local_ranks import free_port
 
 TRAIN = Path(elip_ds.__file__).parent / "train.py"
 
@@ -83,9 +83,3 @@ def _find(name: str) -> str:
     if found is None:
         raise UserError(f"the program {name} is not found beside {sys.executable} or on the PATH")
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from elip_ds.batching.sizes import show_bytes
 from elip_ds.launching.endings import DeviceBusy
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
@@ -65,9 +66,9 @@ def host_limits(
     for name, number in (("RLIMIT_DATA", resource.RLIMIT_DATA), ("RLIMIT_AS", resource.RLIMIT_AS)):
         soft = resource.getrlimit(number)[0]
         if soft != resource.RLIM_INFINITY:
-            limits.append(Limit(f"{name} {_show(soft)} of a process", soft))
+            limits.append(Limit(f"{name} {show_bytes(soft)} of a process", soft))
     if given_bytes is not None:
-        limits.append(Limit(f"{_show(given_bytes)} as given", given_bytes))
+        limits.append(Limit(f"{show_bytes(given_bytes)} as given", given_bytes))
     return limits
 
 
@@ -86,7 +87,7 @@ def count_oom_kills(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
 
 def _free(proc: Path) -> list[Limit]:
     free = _read_table(proc / "meminfo").get("MemAvailable:")
-    return [] if free is None else [Limit(f"{_show(free * 1024)} available", free * 1024)]
+    return [] if free is None else [Limit(f"{show_bytes(free * 1024)} available", free * 1024)]
 
 
 def _cgroup_limits(proc: Path, cgroup: Path) -> Iterator[Limit]:
@@ -99,7 +100,7 @@ def _cgroup_limits(proc: Path, cgroup: Path) -> Iterator[Limit]:
         if limit is None or limit >= NO_LIMIT_BYTES:
             continue
         used = max(0, (used or 0) - _read_table(folder / "memory.stat").get(cache, 0))
-        text = f"{folder / name} {_show(limit)} with {_show(used)} in use"
+        text = f"{folder / name} {show_bytes(limit)} with {show_bytes(used)} in use"
         yield Limit(text, max(0, limit - used))
 
 
@@ -203,21 +204,24 @@ def cuda_budget(ranks: int, gpus: Sequence[Gpu], given_bytes: int | None = None)
     fullest = min(used, key=lambda gpu: gpu.free_bytes)
     limits = [Limit(f"GPU {fullest.index}: {_of(fullest)}", fullest.free_bytes)]
     if given_bytes is not None:
-        limits.append(Limit(f"{_show(given_bytes)} as given", given_bytes))
+        limits.append(Limit(f"{show_bytes(given_bytes)} as given", given_bytes))
     return min(limits, key=lambda limit: limit.bytes)
 
 
 def _holders(gpu: Gpu) -> str:
     parts = [
-        f"{'memory' if held is None else _show(held)} held by pid {pid}"
+        f"{'memory' if held is None else show_bytes(held)} held by pid {pid}"
         for pid, held in gpu.holders
     ]
-    who = ", ".join(parts) or f"{_show(gpu.used_bytes)} held by processes that cannot be seen here"
+    who = (
+        ", ".join(parts)
+        or f"{show_bytes(gpu.used_bytes)} held by processes that cannot be seen here"
+    )
     return f"GPU {gpu.index}: {who}; {_of(gpu)}"
 
 
 def _of(gpu: Gpu) -> str:
-    return f"{_show(gpu.free_bytes)} free of {_show(gpu.total_bytes)}"
+    return f"{show_bytes(gpu.free_bytes)} free of {show_bytes(gpu.total_bytes)}"
 
 
 def _ask(query: str) -> str:
@@ -259,7 +263,3 @@ def _read_number(path: Path) -> int | None:
         return _whole(path.read_text().strip())
     except OSError:
         return None
-
-
-def _show(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB"

@@ -53,7 +53,7 @@ def run_ranks(
     rank-RANK.log there is what one said.  Raises RankHung. When it returns or raises, also for
     Ctrl-C or SIGTERM, none of the processes is left.
     """
-    port, killed_before = _free_port(), count_oom_kills()
+    port, killed_before = free_port(), count_oom_kills()
     processes: list[subprocess.Popen] = []
     with _term_raises():
         try:
@@ -192,7 +192,7 @@ def _clear_shared_memory(port: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

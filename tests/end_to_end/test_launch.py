@@ -151,8 +151,7 @@ def test_a_run_goes_on_with_a_smaller_micro_batch_when_memory_runs_out(tmp_path,
         process.kill()
     assert process.returncode == 0, output[-4000:]
     assert "micro-batch 256 -> 128, accumulation 1 -> 2, global batch 512 as before" in output
-    lines = [json.loads(line) for line in (tmp_path / "it" / "metrics.jsonl").read_text().split("\n")
-             if line]  # fmt: skip
+    lines = map(json.loads, (tmp_path / "it" / "metrics.jsonl").read_text().splitlines())
     seen = [line["samples_seen"] for line in lines if "losses" in line]
     assert seen == sorted(set(seen)) and seen[-1] == 4096 and all(n % 512 == 0 for n in seen)
     plan = json.loads((tmp_path / "it" / "plan.json").read_text())

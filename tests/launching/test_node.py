@@ -1,0 +1,125 @@
+"""A node's answer from the plan, the cache and failures; real steps are in test_real_steps.py."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from conftest import tiny_words
+
+from elip_ds.batching.cache import Cache, fingerprint
+from elip_ds.config import load_config
+from elip_ds.engine.out_of_memory import OOM_FOLDER
+from elip_ds.launching import node as module
+from elip_ds.launching.limits import Limit
+from elip_ds.launching.node import DoesNotFit, Memory, Node, answer_for_node, stretches
+
+TREE = {"zero_optimization": {"stage": 2}}
+OUTSIDE = 700 * 2**20
+SCHEDULE = (
+    "pruning.schedule=[{after: 8 samples, keep_ratios: [0.5, 0.125]}, "
+    "{after: 16 samples, keep_ratios: [0.5, 0.25]}]"
+)
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """make(*words, asked=, limit=) -> a Node whose ranks have so many bytes besides OUTSIDE."""
+
+    def node(*words: str, asked=(64, "auto"), limit: int = 2**30) -> Node:
+        memory = Memory("cpu", Limit("made up", OUTSIDE + limit), 0, OUTSIDE, 1.0)
+        monkeypatch.setattr(module, "node_memory", lambda *_: memory)
+        config = load_config(tiny_words(*words))
+        return Node(config, TREE, asked, 2, 2, "cpu", tmp_path)
+
+    return node
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "cache")
+
+
+def test_a_share_that_takes_little_is_not_measured(make, cache):
+    answer = answer_for_node(make(), cache)
+    assert (answer["largest"], answer["source"]) == (32, "plan")
+    assert OUTSIDE < answer["planned_bytes"] < (OUTSIDE + 2**30) / 2 or answer["warnings"] == []
+    assert "all of a rank's share" in answer["told"]
+
+
+def test_a_second_start_asks_no_tracer(make, cache, monkeypatch):
+    first = answer_for_node(make(limit=4 * 2**30), cache)
+    monkeypatch.setattr("elip_ds.launching.forecast.StepTracer", None)
+    assert answer_for_node(make(limit=4 * 2**30), cache) == first
+
+
+def test_the_plan_alone_leaves_a_reserve_and_fits_into_the_rest(make, cache):
+    words = ["batching.probe=never", "batching.multiple_of=1"]
+    tight = make(*words, asked=("auto", "auto"), limit=64 * 2**20)
+    answer = answer_for_node(tight, cache)
+    whole = OUTSIDE + 64 * 2**20
+    assert answer["source"] == "plan" and answer["largest"] >= 2
+    assert answer["planned_bytes"] <= 0.85 * whole
+
+
+def test_a_number_is_obeyed_and_a_warning_has_both_figures(make, cache):
+    answer = answer_for_node(make(asked=(64, 32), limit=2**20), cache)
+    assert (answer["largest"], answer["source"]) == (32, "given")
+    (warning,) = answer["warnings"]
+    assert "micro-batch 32 takes" in warning and "there are 701.0 MiB (made up)" in warning
+    assert answer_for_node(make(asked=(64, 32)), cache)["warnings"] == []
+
+
+def test_what_does_not_fit_says_what_would_help(make, cache):
+    small = make("batching.probe=never", limit=2**20)
+    with pytest.raises(DoesNotFit, match=r"micro-batch 2 needs .* ZeRO stage 3 .*") as caught:
+        answer_for_node(small, cache)
+    assert caught.value.status == 10 and "recompute=full" in str(caught.value)
+
+
+def test_what_ran_out_of_memory_under_this_plan_is_not_tried_again(make, cache, tmp_path):
+    node = make()
+    answer = answer_for_node(node, cache)
+    (tmp_path / OOM_FOLDER).mkdir()
+    record = {"rank": 1, "micro_batch_size": 32, "time": 0.0}
+    (tmp_path / OOM_FOLDER / "oom-1.json").write_text(json.dumps(record))
+    assert answer_for_node(node, cache)["largest"] == 32  # no plan says that it was this one
+    (tmp_path / "plan.json").write_text(json.dumps({"nodes": {"here": answer}}))
+    assert answer_for_node(node, cache)["largest"] == 16
+    record["micro_batch_size"] = 2
+    (tmp_path / OOM_FOLDER / "oom-1.json").write_text(json.dumps(record))
+    with pytest.raises(DoesNotFit, match="no smaller divisor"):
+        answer_for_node(node, cache)
+
+
+def test_every_stretch_of_a_schedule_has_an_answer_and_fewer_tokens_fit_more(make, cache):
+    words = [SCHEDULE, "batching.probe=never", "batching.multiple_of=1"]
+    node = make(*words, asked=("auto", "auto"), limit=256 * 2**20)
+    assert stretches(node.config.pruning) == [(0.5, 0.25), (0.5, 0.125)]
+    answer = answer_for_node(node, cache)
+    (later,) = answer["later"]
+    assert later["keep_ratios"] == [0.5, 0.125] and later["largest"] > answer["largest"]
+
+
+def test_a_change_of_anything_that_matters_changes_the_fingerprint(make):
+    node = make()
+    memory, sizes = module.node_memory(), [2, 4]
+
+    def key(other: Node) -> str:
+        return fingerprint(module._facts(other, memory, sizes))
+
+    same = replace(node, folder=node.folder / "x")
+    assert key(same) == key(node) == key(make("optim.lr=0.5", "run.seed=7"))
+    others = [
+        make("model.vision.width=64"),
+        make("pruning.stages=[]"),
+        make("objectives.itc.queue_size=64"),
+        make("data.text_length=10"),
+        make("optim.name=lamb"),
+        make("engine.precision=bf16"),
+        make("engine.compile=true"),
+        replace(node, tree={"zero_optimization": {"stage": 1}}),
+        replace(node, world_size=4),
+    ]
+    assert len({key(node), *map(key, others)}) == 1 + len(others)
+    less = replace(memory, limit=Limit("made up", OUTSIDE))
+    assert fingerprint(module._facts(node, less, sizes)) != key(node)

@@ -1,0 +1,82 @@
+"""From the nodes' answers to the plan of the run."""
+
+import json
+
+import pytest
+from conftest import tiny_words
+
+from elip_ds import dist
+from elip_ds.batching import Plan
+from elip_ds.config import load_config
+from elip_ds.errors import UserError
+from elip_ds.launching import settle
+from elip_ds.launching.settle import decide_plan, settle_batch
+from elip_ds.run import open_run
+
+SCHEDULE = "pruning.schedule=[{after: 8 samples, keep_ratios: [0.5, 0.125]}]"
+
+
+def answers(*largest: int, later: tuple[int, ...] = ()) -> list[dict]:
+    found = [{"largest": n, "later": []} for n in largest]
+    for answer, n in zip(found, later, strict=False):
+        answer["later"] = [{"keep_ratios": [0.5, 0.125], "largest": n}]
+    return found
+
+
+@pytest.fixture
+def config():
+    return load_config(tiny_words("batching.multiple_of=8"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "largest", "expected"),
+    [
+        ((64, "auto"), (40, 20), Plan(16, 2, 2)),
+        ((64, "auto"), (100, 100), Plan(32, 1, 2)),
+        (("auto", "auto"), (40, 27), Plan(24, 1, 2)),
+        ((64, 8), (8, 8), Plan(8, 4, 2)),
+        (("auto", 7), (7, 7), Plan(7, 1, 2)),
+    ],
+)
+def test_the_smallest_answer_makes_the_batch(config, asked, largest, expected):
+    assert decide_plan(config, asked, answers(*largest), world_size=2) == expected
+
+
+def test_the_global_batch_stays_where_the_micro_batch_follows_the_schedule():
+    config = load_config(tiny_words(SCHEDULE))
+    plan = decide_plan(config, (64, "auto"), answers(8, 9, later=(40, 16)), world_size=2)
+    assert plan == Plan(8, 4, 2)
+    assert plan.at([0.5, 0.25]) == plan and plan.at([0.5, 0.125]) == Plan(16, 2, 2)
+
+
+def test_a_batch_that_no_micro_batch_makes_names_the_nearest(config):
+    with pytest.raises(UserError, match=r"nearest: 32"):
+        decide_plan(config, (2 * 17, "auto"), answers(16, 16), world_size=2)
+
+
+def test_one_rank_settles_alone_and_writes_what_it_rests_on(tmp_path, monkeypatch):
+    words = tiny_words(f"run.dir={tmp_path}", "batching.global_batch_size=8")
+    config = load_config(words)
+    monkeypatch.setattr(dist, "_notes", {})
+    found, plan = settle_batch(config, {"zero_optimization": {"stage": 2}}, open_run(config))
+    assert plan == Plan(8, 1, 1)
+    assert (found.batching.global_batch_size, found.batching.micro_batch_size) == (8, 8)
+    written = json.loads((tmp_path / "demo" / "plan.json").read_text())
+    assert written["micro_batch_size"] == 8 and written["peak_learning_rate"] == 1e-3
+    (answer,) = written["nodes"].values()
+    assert answer["source"] == "plan" and answer["planned_bytes"] > 0
+
+
+def test_a_nodes_refusal_is_every_ranks_with_its_status(tmp_path, monkeypatch):
+    class NoMemory(UserError):
+        status = 10
+
+    def refuse(node):
+        raise NoMemory("nothing fits")
+
+    config = load_config(tiny_words(f"run.dir={tmp_path}"))
+    monkeypatch.setattr(dist, "_notes", {})
+    monkeypatch.setattr(settle, "answer_for_node", refuse)
+    with pytest.raises(UserError, match="nothing fits") as caught:
+        settle_batch(config, {"zero_optimization": {"stage": 2}}, open_run(config))
+    assert caught.value.status == 10
