@@ -14,16 +14,19 @@ AT_WORK = "working memory"
 "Part: buckets, gathered weights and temporary tensors, beyond what lies there before a backward."
 
 
-SECOND = 16
-"Tried after 1: where the highest phase is most often that of large micro-batches already."
+FIRST = 64
+"Tried first. As most of what a step makes grows with its samples, the next is near the answer."
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on one rank's device.  parts: of the highest peak, by name; they add up to it."""
+    """Bytes on one rank's device.  held_bytes: there before a step and after it.  parts: of the
+    highest peak, by name; they add up to it.
+    """
 
     micro_batch_size: int
     peaks: Peaks
+    held_bytes: int
     parts: dict[str, int]
 
 
@@ -34,7 +37,7 @@ def predict(traced: Traced, states: dict[str, int]) -> Prediction:
     peaks = Peaks(held + made.forward, held + made.backward, held + made.step)
     parts = {**states, **{f"activations, {name}": n for name, n in traced.kept.items()}}
     parts[AT_WORK] = peaks.highest - sum(parts.values())
-    return Prediction(traced.micro_batch_size, peaks, parts)
+    return Prediction(traced.micro_batch_size, peaks, held, parts)
 
 
 def largest_fitting(
@@ -46,41 +49,32 @@ def largest_fitting(
 ) -> tuple[Prediction | None, list[Prediction]]:
     """The largest micro-batch whose peak is within the budget, and all predictions on the way.
 
-    Peaks grow with the micro-batch as the highest of a few lines: a secant between what fits and
-    what does not leads to the edge. Exact, unless max_traces run out before; then the largest that
-    was seen to fit. None: not even one sample does.
+    Peaks grow with the micro-batch as the highest of a few lines: a line through what fits and what
+    does not leads to the edge. Exact, unless max_traces run out before; then the largest that was
+    seen to fit. None: not even one sample does.
     """
     seen: dict[int, Prediction] = {}
-
-    def excess(size: int) -> int:
-        if size not in seen:
-            seen[size] = predict_at(size)
-        return seen[size].peaks.highest - budget_bytes
-
-    low, high = 1, None
-    if excess(1) > 0:
-        return None, list(seen.values())
-    size = min(SECOND, at_most)
-    while len(seen) < max_traces and high != low + 1 and low < at_most:
-        over = excess(size)
-        if over > 0:
-            high = size
-        else:
+    low, high, size = 0, at_most + 1, min(FIRST, at_most)
+    while high - low > 1 and len(seen) < max_traces:
+        if len(seen) == max_traces - 1 and low == 0:
+            size = 1
+        seen[size] = predict_at(size)
+        if seen[size].peaks.highest <= budget_bytes:
             low = size
-        size = _next(seen, budget_bytes, low, high, at_most)
-    return seen[low], list(seen.values())
+        else:
+            high = size
+        size = _next(seen, budget_bytes, low, high)
+    return seen.get(low), list(seen.values())
 
 
-def _next(
-    seen: dict[int, Prediction], budget_bytes: int, low: int, high: int | None, at_most: int
-) -> int:
-    """Where the line through two of the sizes seen meets the budget, between low and high."""
-    below = max((size for size in seen if size < low), default=low)
-    left, right = (low, high) if high is not None else (below, low)
-    if left == right:
-        return min(2 * low, at_most)
-    y_left, y_right = (seen[x].peaks.highest for x in (left, right))
-    slope = (y_right - y_left) / (right - left)
-    meets = left + int((budget_bytes - y_left) / slope) if slope > 0 else at_most
-    top = at_most if high is None else high - 1
-    return max(low + 1, min(meets, top)) if low < top else top
+def _next(seen: dict[int, Prediction], budget_bytes: int, low: int, high: int) -> int:
+    """Where the line through two sizes meets the budget, between low and high: those two, or where
+    nothing was too large yet, the two largest. Of no sample at all, what is held is known.
+    """
+    points = {0: next(iter(seen.values())).held_bytes}
+    points |= {size: prediction.peaks.highest for size, prediction in seen.items()}
+    right = high if high in points else low
+    left = max(size for size in points if size < right and size <= low)
+    slope = (points[right] - points[left]) / (right - left)
+    meets = left + int((budget_bytes - points[left]) / slope) if slope > 0 else high - 1
+    return max(low + 1, min(meets, high - 1))

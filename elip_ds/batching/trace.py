@@ -105,9 +105,8 @@ def trace_step(
     with Tracker(part_of) as tracker, reduction.hooked():
         forward_peaks, backward_peaks, kept = [], [], {}
         for micro_step in range(micro_steps):
-            reduction.before_forward()
-            loss = forward(micro_step)
-            reduction.after_forward()
+            with reduction.forward():
+                loss = forward(micro_step)
             forward_peaks.append(tracker.lap())
             kept = tracker.alive_by_part()
             loss.backward()

@@ -11,12 +11,14 @@ P trainable and F frozen parameters, N ranks, s bytes of a weight (4, or 2 in ha
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from elip_ds.batching.gather import Gathering
 
 ALL_REDUCED_AT_ONCE = 500_000_000
 "Elements that the engine puts into one message at stage 0; no setting changes it."
@@ -102,8 +104,8 @@ def states(weights: Weights, zero: Zero) -> tuple[dict[str, int], dict[str, int]
         mine = sum(shard(group, count) for group in weights.trainable)
     elif zero.stage == 3:
         mine = sum(-(-n // count) for n in trainable)
-    # Stages 1 and 2 copy the weights for the optimizer even where they are fp32 already.
-    copied = zero.half or zero.stage in (1, 2)
+    # ZeRO copies the weights for the optimizer even where they are fp32 already.
+    copied = zero.half or zero.stage > 0
     optimizer, host = (12 if copied else 8) * mine, {}
     if zero.offload:
         # Gradients and a copy in the weights' precision stay there, too.
@@ -156,15 +158,15 @@ def most_owned(group: Sequence[int], world_size: int) -> int:
 class Reduction:
     """Gradients on their way to the optimizer; on fake tensors, nothing is sent anywhere.
 
-    groups: trainable parameters by group of the optimizer.  frozen: the others.
+    groups: trainable parameters by group of the optimizer.  gathering: of stage 3.
     """
 
     def __init__(
-        self, zero: Zero, groups: Sequence[Sequence[Tensor]], frozen: Sequence[Tensor] = ()
+        self, zero: Zero, groups: Sequence[Sequence[Tensor]], gathering: Gathering | None = None
     ) -> None:
-        self.zero, self.groups = zero, groups
+        assert (gathering is not None) == (zero.stage == 3), "stage 3 gathers, and it alone"
+        self.zero, self.groups, self.gathering = zero, groups, gathering
         self._all = [p for group in groups for p in group]
-        self._frozen = frozen
         # Stage 1 without overlap reduces when the backward is over.
         self._late = zero.stage == 0 or (zero.stage == 1 and not zero.overlap)
         self._forget()
@@ -174,8 +176,6 @@ class Reduction:
         self._fill = 0
         self._large: Tensor | None = None
         self._owned: list[Tensor] = []
-        self._gathered: dict[Tensor, Tensor] = {}
-        self._ahead: list[Tensor] = []
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -188,22 +188,15 @@ class Reduction:
                 handle.remove()
             self._forget()
 
-    def before_forward(self) -> None:
-        """Stage 3: from its second step on, DeepSpeed keeps gathered what it will use again in the
-        same step (stage3_max_reuse_distance), which is all, and gathers ahead into one buffer.
-        """
-        zero = self.zero
-        if zero.stage == 3:
-            sharded = [p for p in (*self._all, *self._frozen) if p.numel() > zero.persist]
-            self._gathered = {p: self._empty(p.numel(), zero.dtype) for p in sharded}
-            count = sum(p.numel() for p in sharded)
-            self._ahead = [self._empty(min(zero.prefetch, count), zero.dtype)]
-
-    def after_forward(self) -> None:
-        self._ahead = []
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the forward of a micro-batch."""
+        with self.gathering.forward() if self.gathering else nullcontext():
+            yield
 
     def _take(self, parameter: Tensor) -> None:
-        self._gathered.pop(parameter, None)
+        if self.gathering:
+            self.gathering.done(parameter)
         zero = self.zero
         if zero.stage in (1, 2) and not self._buffers:
             both = 2 if zero.overlap else 1
@@ -243,7 +236,8 @@ class Reduction:
     def after_backward(self, *, last: bool) -> None:
         """last: of the step's micro-batches."""
         zero = self.zero
-        self._gathered = {}
+        if self.gathering:
+            self.gathering.clear()
         if zero.stage == 0 and last:
             count = min(sum(p.numel() for p in self._all), ALL_REDUCED_AT_ONCE)
             flat = self._empty(count, zero.dtype)
@@ -269,13 +263,22 @@ class Reduction:
             return
         for sizes in self._sizes() if not zero.offload else ():
             if zero.stage == 3:
-                count = sum(-(-n // zero.world_size) for n in sizes)
-            else:
-                count = shard(sizes, zero.world_size)
-            flat = self._empty(count, zero.accumulate)
+                self._step_shards(sizes)
+                continue
+            flat = self._empty(shard(sizes, zero.world_size), zero.accumulate)
             single = flat.float()  # itself where it is fp32
             del flat, single
         self._owned = []
+
+    def _step_shards(self, sizes: Sequence[int]) -> None:
+        """Stage 3 drops the weights that are always whole while the optimizer steps."""
+        assert self.gathering
+        zero = self.zero
+        count = sum(-(-n // zero.world_size) for n in sizes)
+        needed = count * (zero.accumulate.itemsize + (4 if zero.accumulate.itemsize < 4 else 0))
+        dropped = self.gathering.persistent() * zero.dtype.itemsize
+        flat = self._empty(max(0, needed - dropped), torch.uint8)
+        del flat
 
     def _sizes(self) -> list[list[int]]:
         return [[p.numel() for p in group] for group in self.groups]

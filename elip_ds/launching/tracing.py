@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elip_ds import dist
+from elip_ds.batching.gather import Gathering
 from elip_ds.batching.predict import Prediction, predict
 from elip_ds.batching.trace import Traced, trace_step
 from elip_ds.batching.zero import Reduction, Weights, Zero, states
@@ -28,7 +29,7 @@ from elip_ds.data.batch import Batch
 from elip_ds.data.made_up import made_up_vocabulary, random_batch
 from elip_ds.launching.parts import current_part, marked_parts
 from elip_ds.objectives import Progress
-from elip_ds.tasks import build_pretrain
+from elip_ds.tasks import build_pretrain, min_micro_batch
 from elip_ds.towers.layers import CrossAttention, SelfAttention
 from elip_ds.towers.pruning import at_ratios, keep_stretches, sequence_lengths
 
@@ -136,13 +137,24 @@ class StepTracer:
                 self.task.after_step(LATE, self._local)
 
             return trace_step(
-                Reduction(self.setting.zero, self._groups(), self._frozen()),
+                Reduction(self.setting.zero, self._groups(), self._gathering()),
                 micro_batch_size=micro_batch_size,
                 micro_steps=steps,
                 forward=forward,
                 update=update,
                 part_of=current_part,
             )
+
+    def _gathering(self) -> Gathering | None:
+        zero = self.setting.zero
+        if zero.stage < 3:
+            return None
+        gathering = Gathering(self.task, persist=zero.persist, prefetch=zero.prefetch)
+        few = random_batch(self.config, self._vocabulary, min_micro_batch(self.config))
+        with torch.no_grad(), gathering.counting():
+            self.task(self._moved(few), LATE)
+        self.task.drop_carries()
+        return gathering
 
     def _moved(self, batch: Batch) -> Batch:
         return batch.to(torch.device("cpu"), self.setting.zero.dtype)
