@@ -6,7 +6,6 @@ themselves is not seen.
 
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 MARK = "mark:"
@@ -48,14 +47,3 @@ class Allocations:
                 stretches.append((name.removeprefix(MARK), peak, alive))
                 peak = alive
         return stretches
-
-
-def resident(tensors: Any) -> int:
-    """Bytes of the storages of these tensors, each once."""
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(storages.values())
-
-
-def quiet() -> None:
-    """One thread, so that kernels take the same temporary memory on every machine."""
-    torch.set_num_threads(1)

@@ -26,7 +26,8 @@ ALL_REDUCED_AT_ONCE = 500_000_000
 
 @dataclass(frozen=True)
 class Zero:
-    """dtype: of the weights.  accumulate: of gradients between micro-batches.  bucket, prefetch:
+    """world_size: 0 is a step by itself, without an engine, whose optimizer needs nothing.
+    dtype: of the weights.  accumulate: of gradients between micro-batches.  bucket, prefetch:
     elements.  persist: of stage 3, elements up to which a parameter stays whole on every rank.
     offload: the optimizer, or the optimizer and the weights, lie on the host.
     """
@@ -238,7 +239,7 @@ class Reduction:
         zero = self.zero
         if self.gathering:
             self.gathering.clear()
-        if zero.stage == 0 and last:
+        if zero.stage == 0 and last and zero.world_size:
             count = min(sum(p.numel() for p in self._all), ALL_REDUCED_AT_ONCE)
             flat = self._empty(count, zero.dtype)
             del flat
@@ -255,7 +256,7 @@ class Reduction:
         """The gradients become fp32, group by group, and are gone with the step."""
         zero = self.zero
         if zero.stage == 0:
-            if zero.half:
+            if zero.half and zero.world_size:
                 flats = [self._empty(p.numel(), torch.float32) for p in self._all]
                 del flats
             for parameter in self._all:
