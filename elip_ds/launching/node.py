@@ -261,7 +261,8 @@ def _find(node: Node, memory: Memory, sizes: list[int], cache: Cache) -> dict[st
         allowed = memory.planned(memory.limit.bytes * (1 - PLAN_HEADROOM))
         best = forecast.largest(allowed, sizes)
         if best is None:
-            raise _does_not_fit(node, memory, forecast, sizes[0])
+            there = memory.taken(allowed)
+            raise _does_not_fit(node, memory, forecast, sizes[0], there)
         taken = memory.taken(forecast.at(best).highest)
         told = f"by the plan alone, {show_bytes(taken)} of {limit}; not verified"
         return _planned(best, taken, told)
@@ -311,7 +312,7 @@ def _probe(
             shape=forecast.curve(guess or sizes[0]),
         )
     except NothingFits as error:
-        raise _does_not_fit(node, memory, forecast, sizes[0], error) from None
+        raise _does_not_fit(node, memory, forecast, sizes[0], memory.budget_bytes, error) from None
     size = answer.micro_batch_size
     peak = answer.verified.peaks.highest if answer.verified and answer.verified.peaks else None
     took = "" if peak is None else f", {show_bytes(peak)} of {show_bytes(memory.limit.bytes)}"
@@ -333,6 +334,7 @@ def _does_not_fit(
     memory: Memory,
     forecast: Forecast,
     size: int,
+    there_bytes: int,
     error: NothingFits | None = None,
 ) -> UserError:
     needed = error.needed_bytes if error and error.needed_bytes else None
@@ -341,6 +343,6 @@ def _does_not_fit(
     told = f" ({error.reason})" if error and error.reason else ""
     return DoesNotFit(
         f"micro-batch {size} needs {show_bytes(needed)} a rank and there are "
-        f"{show_bytes(memory.budget_bytes)}, headroom off ({memory.limit.name}){told}; "
+        f"{show_bytes(there_bytes)}, headroom off ({memory.limit.name}){told}; "
         f"{advice(node, memory, size)}"
     )

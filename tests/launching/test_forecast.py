@@ -35,6 +35,7 @@ def test_auto_precision_is_filled_for_a_device_that_is_not_here(tree, word, devi
     assert [n for n in ("bf16", "fp16") if full[n]["enabled"]] == ([on] if on != "fp32" else [])
 
 
+@pytest.mark.slow
 def test_the_largest_is_the_last_that_fits(tmp_path):
     config = load_config(tiny_words())
     forecast = Forecast(config, TREE, world_size=2, device="cpu", cache=Cache(tmp_path))
@@ -43,7 +44,8 @@ def test_the_largest_is_the_last_that_fits(tmp_path):
     assert forecast.largest(budget, [2, 4, 8, 16, 32]) == 16
     assert forecast.largest(budget - 1, range(1, 1000)) == 23
     assert forecast.largest(1000, [2, 4]) is None
-    assert forecast.slope() == pytest.approx(budget - forecast.at(23).highest, rel=0.02)
+    more = forecast.at(32).highest - forecast.at(24).highest
+    assert forecast.slope() == pytest.approx(more / 8, rel=0.15)  # a line for each phase, not one
 
 
 def test_peaks_are_asked_once_of_all_starts(tmp_path, monkeypatch):

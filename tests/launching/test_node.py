@@ -52,13 +52,14 @@ def test_a_second_start_asks_no_tracer(make, cache, monkeypatch):
     assert answer_for_node(make(limit=4 * 2**30), cache) == first
 
 
+@pytest.mark.slow
 def test_the_plan_alone_leaves_a_reserve_and_fits_into_the_rest(make, cache):
     words = ["batching.probe=never", "batching.multiple_of=1"]
-    tight = make(*words, asked=("auto", "auto"), limit=64 * 2**20)
+    tight = make(*words, asked=("auto", "auto"), limit=512 * 2**20)
     answer = answer_for_node(tight, cache)
-    whole = OUTSIDE + 64 * 2**20
+    whole = OUTSIDE + 512 * 2**20
     assert answer["source"] == "plan" and answer["largest"] >= 2
-    assert answer["planned_bytes"] <= 0.85 * whole
+    assert 0.84 * whole < answer["planned_bytes"] <= 0.85 * whole
 
 
 def test_a_number_is_obeyed_and_a_warning_has_both_figures(make, cache):
@@ -69,6 +70,7 @@ def test_a_number_is_obeyed_and_a_warning_has_both_figures(make, cache):
     assert answer_for_node(make(asked=(64, 32)), cache)["warnings"] == []
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would_help(make, cache):
     small = make("batching.probe=never", limit=2**20)
     with pytest.raises(DoesNotFit, match=r"micro-batch 2 needs .* ZeRO stage 3 .*") as caught:
@@ -91,9 +93,10 @@ def test_what_ran_out_of_memory_under_this_plan_is_not_tried_again(make, cache, 
         answer_for_node(node, cache)
 
 
+@pytest.mark.slow
 def test_every_stretch_of_a_schedule_has_an_answer_and_fewer_tokens_fit_more(make, cache):
     words = [SCHEDULE, "batching.probe=never", "batching.multiple_of=1"]
-    node = make(*words, asked=("auto", "auto"), limit=256 * 2**20)
+    node = make(*words, asked=("auto", "auto"), limit=512 * 2**20)
     assert stretches(node.config.pruning) == [(0.5, 0.25), (0.5, 0.125)]
     answer = answer_for_node(node, cache)
     (later,) = answer["later"]
@@ -110,7 +113,7 @@ def test_a_change_of_anything_that_matters_changes_the_fingerprint(make):
     same = replace(node, folder=node.folder / "x")
     assert key(same) == key(node) == key(make("optim.lr=0.5", "run.seed=7"))
     others = [
-        make("model.vision.width=64"),
+        make("model.vision.depth=4"),
         make("pruning.stages=[]"),
         make("objectives.itc.queue_size=64"),
         make("data.text_length=10"),

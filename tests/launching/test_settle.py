@@ -50,7 +50,7 @@ def test_the_global_batch_stays_where_the_micro_batch_follows_the_schedule():
 
 
 def test_a_batch_that_no_micro_batch_makes_names_the_nearest(config):
-    with pytest.raises(UserError, match=r"nearest: 32"):
+    with pytest.raises(UserError, match=r"nearest: 28, 30, 32"):
         decide_plan(config, (2 * 17, "auto"), answers(16, 16), world_size=2)
 
 
