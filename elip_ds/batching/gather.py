@@ -2,10 +2,10 @@
 
 DeepSpeed gathers a module's weights when the module is called. From its second step on it knows the
 order of calls, keeps what it will use again in the same step (stage3_max_reuse_distance, beyond the
-size of our models), and gathers ahead into a buffer, which is half full at the forward's peak where
-it was measured. What the backward needs again, all that is
-trained, stays until its gradient is done; a frozen weight goes with its call, and one that is called
-more than once (a word table that also decodes) with the step: so it was measured.
+size of our models), and gathers ahead into a buffer. What is trained stays until its gradient is
+done, as the backward needs it again; a frozen weight goes with its call. Two things are as they
+were measured, not as they follow: a frozen weight that is called more than once, such as a word
+table that also decodes, stays for the step; the buffer is half full at the forward's peak.
 
 Source: deepspeed/runtime/zero/partitioned_param_coordinator.py of 0.19.
 """
