@@ -116,8 +116,8 @@ def _notes(device: Device) -> list[str]:
         return []
     return [
         f"{device.name}: what a process takes outside of torch "
-        f"({show_bytes(device.outside_bytes)}) and what the allocator takes beyond what is in use ({device.kappa - 1:.0%}) are first "
-        "guesses, measured on no such device; a probe decides"
+        f"({show_bytes(device.outside_bytes)}) and what the allocator takes beyond what is in use "
+        f"({device.kappa - 1:.0%}) are first guesses, measured on no such device; a probe decides"
     ]
 
 
