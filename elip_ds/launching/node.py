@@ -42,6 +42,9 @@ PLAN_HEADROOM = 0.15
 EASY = 0.5
 "Share of the memory: a plan that needs no more of it is not worth measuring."
 
+THOROUGH, BRISK = 0.01, 0.03
+"Gain in size for which one more group of processes is started: without headroom, and with some."
+
 
 class DoesNotFit(LaunchError):
     """Not even the smallest micro-batch."""
@@ -310,6 +313,7 @@ def _probe(
             sizes,
             guess=guess,
             shape=forecast.curve(guess or sizes[0]),
+            worthwhile=THOROUGH if memory.headroom_bytes == 0 else BRISK,
         )
     except NothingFits as error:
         raise _does_not_fit(node, memory, forecast, sizes[0], memory.budget_bytes, error) from None
