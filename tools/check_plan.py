@@ -41,8 +41,10 @@ SMALL += ["model.vision.heads=3", "model.text.heads=3"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUNDS = {"step": (-0.005, 0.005), "engine": (-0.005, 0.05)}
 "Share of the highest peak by which a prediction may be below and above it."
+SHIPPED = 50_000_000
+"Elements of a bucket in ds_configs."
 IN_PROPORTION = 4_000_000
-"Elements of a bucket that are to the small model's 18 million what the shipped 5e7 are to ALBEF's."
+"To the small model's 18 million parameters what those are to ALBEF's."
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ class Case:
     @property
     def name(self) -> str:
         extra = " ".join(w for w in self.words if w not in SMALL)
-        kind = f"N={self.world_size} stage {self.stage}" if self.world_size else self.attention
+        kind = (
+            f"N={self.world_size} stage {self.stage} bucket={self.bucket:.0e}"
+            if self.world_size
+            else self.attention
+        )
         return f"{kind} {self.precision} b={self.size} gas={self.accumulation} {extra}".strip()
 
 
@@ -83,10 +89,12 @@ def step_cases() -> list[Case]:
 
 
 def engine_cases(worlds: list[int], stages: list[int]) -> list[Case]:
+    """At stage 3 also with the shipped buckets, which are larger than the small model."""
     return [
-        Case(world_size=world, stage=stage, precision=precision)
+        Case(world_size=world, stage=stage, precision=precision, bucket=bucket)
         for world in worlds
         for stage in stages
+        for bucket in ((IN_PROPORTION, SHIPPED) if stage == 3 else (IN_PROPORTION,))
         for precision in ("fp32", "bf16")
     ]
 
