@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+"Variables that make a process a rank; a launcher that has inherited them is none."
+
 
 class RetriesUsedUp(LaunchError):
     """Memory ran out again and again."""
@@ -93,9 +96,8 @@ def _told(record: dict[str, Any]) -> str:
 def _run(command: Command) -> int:
     """One start, in a session of its own; signals to this process go to the ranks alone."""
     log.info("starting %s", command)
-    child = subprocess.Popen(
-        command.words, env=os.environ | command.environ, start_new_session=True
-    )
+    own = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    child = subprocess.Popen(command.words, env=own | command.environ, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
         # DeepSpeed's launchers would die of it, and leave their ranks behind as orphans.

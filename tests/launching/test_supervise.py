@@ -109,7 +109,7 @@ sys.exit(supervise(lambda _: Command((sys.executable, "launcher.py", "rank.py"))
 def test_a_stop_signal_reaches_the_ranks_and_not_their_launcher(tmp_path):
     for name, text in (("launcher", LAUNCHER), ("rank", RANK), ("supervisor", SUPERVISOR)):
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "RANK": "0"}  # inherited
     supervisor = subprocess.Popen([sys.executable, "supervisor.py"], cwd=tmp_path, env=env)
     deadline = time.monotonic() + 30
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
