@@ -303,7 +303,7 @@ class BatchingConfig:
     "The micro-batch is a multiple of it where the global batch has such a divisor."
     device_memory: str | None = None
     "Memory of a rank, such as 24GiB, or a device's name; null: what is found."
-    headroom: float | str = "auto"
+    headroom: float | int | str = "auto"
     "Share of a rank's memory that is left free; auto: 0.06, and 0.10 on a CPU."
     headroom_bytes: int | str = "auto"
     "At least so many are left free; auto: 2**30, and none on a CPU."

@@ -40,6 +40,7 @@ class RealSteps:
     patience: Patience = field(default_factory=Patience)
     evaluate: bool = True
     save: bool = True
+    verify_steps: int = VERIFY_STEPS
     started: list[dict[str, Any]] = field(default_factory=list)
     _suspected: bool = False
 
@@ -58,7 +59,7 @@ class RealSteps:
         job = replace(
             self.job,
             sizes=[size],
-            steps=VERIFY_STEPS,
+            steps=self.verify_steps,
             alternate=True,
             evaluate=self.evaluate,
             save=self.save,
