@@ -118,12 +118,14 @@ def bisect(
     steps = _steps(config, tree, budget_bytes, ranks, folder / "truth")
     passed, failed = 0, None
     size = chosen["none"]
+    stride = max(1, size // 32)
     while failed is None or failed - passed > 1:
         if _fits(steps, size, budget_bytes):
             passed = size
         else:
             failed = size
-        size = passed + max(1, passed // 16) if failed is None else (passed + failed) // 2
+        size = passed + stride if failed is None else (passed + failed) // 2
+        stride *= 2
     return passed
 
 
