@@ -15,7 +15,7 @@ from elip_ds.config import load_config
 from elip_ds.engine import read_ds_config
 from elip_ds.errors import exit_with
 from elip_ds.launching.forecast import Forecast
-from elip_ds.launching.node import HEADROOM, HEADROOM_BYTES
+from elip_ds.launching.node import left_free
 
 DEVICES = ("A5000", "A100-40", "A100-80", "H100", "H200")
 
@@ -48,8 +48,8 @@ def _row(
     forecast = Forecast(config, tree, world_size=args.ranks, device="cuda")
     fitting = []
     for device in devices:
-        free = max(HEADROOM["cuda"] * device.memory_bytes, HEADROOM_BYTES["cuda"])
-        budget = (device.memory_bytes - free - device.outside_bytes) / device.kappa
+        usable = device.memory_bytes - device.outside_bytes
+        budget = (usable - left_free(config.batching, usable, "cuda")) / device.kappa
         fitting.append(forecast.largest(int(budget), range(1, MAX_MICRO_BATCH + 1)) or 0)
     return fitting, (forecast.slope() or 0) / 1e6
 

@@ -20,6 +20,7 @@ from elip_ds.batching.devices import KAPPA, OUTSIDE_BYTES, find_device
 from elip_ds.batching.search import NothingFits
 from elip_ds.batching.sizes import show_bytes
 from elip_ds.config import Config, PruningConfig
+from elip_ds.config.schema import BatchingConfig
 from elip_ds.engine.out_of_memory import OOM_FOLDER
 from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
@@ -34,8 +35,8 @@ from elip_ds.towers.pruning import at_ratios
 
 log = logging.getLogger(__name__)
 
-HEADROOM = {"cpu": 0.10, "cuda": 0.06}
-"Share of the memory that is left free, where nothing else is said."
+HEADROOM = {"cpu": 0.08, "cuda": 0.06}
+"Share of the memory that is left free, where nothing else is said; see left_free."
 HEADROOM_BYTES = {"cpu": 0, "cuda": 2**30}
 PLAN_HEADROOM = 0.15
 "Where the plan alone decides."
@@ -159,10 +160,18 @@ def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
         outside, kappa = psutil.Process().memory_info().rss, 1.0
     if limit.bytes != given:
         limit = Limit(limit.name, _steady(limit.bytes))
+    free = left_free(batching, limit.bytes - outside, device)
+    return Memory(name, limit, free, outside, kappa)
+
+
+def left_free(batching: BatchingConfig, usable_bytes: int, device: str) -> int:
+    """Headroom in bytes. usable_bytes: what there is for the model and its steps, since what a
+    process takes before it has either does not grow.
+    """
     share, least = batching.headroom, batching.headroom_bytes
     share = HEADROOM[device] if share == "auto" else float(share)
     least = HEADROOM_BYTES[device] if least == "auto" else int(least)
-    return Memory(name, limit, max(int(share * limit.bytes), least), outside, kappa)
+    return max(int(share * usable_bytes), least)
 
 
 def _steady(number: int) -> int:

@@ -13,7 +13,7 @@ from elip_ds.engine import json_batch, read_ds_config
 from elip_ds.engine.schedule import scale_lr
 from elip_ds.errors import UserError
 from elip_ds.launching.forecast import Forecast
-from elip_ds.launching.node import HEADROOM, HEADROOM_BYTES
+from elip_ds.launching.node import left_free
 from elip_ds.tasks import min_micro_batch
 
 EAGER = "attention=eager"
@@ -50,18 +50,19 @@ def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dic
     forecast = Forecast(
         config, tree, world_size=ranks, device=kind, attention="eager" if eager else "fused"
     )
-    left_free = _left_free(config, device, kind)
-    budget = int((device.memory_bytes - left_free - device.outside_bytes) / device.kappa)
+    usable = device.memory_bytes - device.outside_bytes
+    free = left_free(config.batching, usable, kind)
+    budget = int((usable - free) / device.kappa)
     largest = forecast.largest(budget, range(1, MAX_MICRO_BATCH + 1))
     notes = _notes(device)
     if largest is None:
         smallest = forecast.prediction(1)
         taken = int(smallest.peaks.highest * device.kappa) + device.outside_bytes
         notes.insert(0, f"not even one sample fits: with it a rank takes {show_bytes(taken)}")
-        return _record(name, device, forecast, smallest, left_free, None, ranks) | {"notes": notes}
+        return _record(name, device, forecast, smallest, free, None, ranks) | {"notes": notes}
     plan = _plan(config, tree, largest, ranks, notes)
     shown = forecast.prediction(plan.micro_batch_size if plan else largest)
-    record = _record(name, device, forecast, shown, left_free, largest, ranks)
+    record = _record(name, device, forecast, shown, free, largest, ranks)
     if plan is not None:
         record |= {
             "micro_batch_size": plan.micro_batch_size,
@@ -104,13 +105,6 @@ def _plan(
     return plan
 
 
-def _left_free(config: Config, device: Device, kind: str) -> int:
-    share, least = config.batching.headroom, config.batching.headroom_bytes
-    share = HEADROOM[kind] if share == "auto" else float(share)
-    least = HEADROOM_BYTES[kind] if least == "auto" else int(least)
-    return max(int(share * device.memory_bytes), least)
-
-
 def _notes(device: Device) -> list[str]:
     if device.tested or device.kappa == 1.0:
         return []
@@ -126,7 +120,7 @@ def _record(
     device: Device,
     forecast: Forecast,
     shown: Prediction,
-    left_free: int,
+    free_bytes: int,
     largest: int | None,
     ranks: int,
 ) -> dict[str, Any]:
@@ -141,7 +135,7 @@ def _record(
         "peaks": vars(shown.peaks),
         "parts": shown.parts,
         "reserve": {
-            "left free": left_free,
+            "left free": free_bytes,
             "outside of torch": device.outside_bytes,
             "allocator": beyond,
         },
