@@ -35,7 +35,7 @@ from elip_ds.towers.pruning import at_ratios
 
 log = logging.getLogger(__name__)
 
-HEADROOM = {"cpu": 0.08, "cuda": 0.06}
+HEADROOM = 0.06
 "Share of the memory that is left free, where nothing else is said; see left_free."
 HEADROOM_BYTES = {"cpu": 0, "cuda": 2**30}
 PLAN_HEADROOM = 0.15
@@ -43,7 +43,7 @@ PLAN_HEADROOM = 0.15
 EASY = 0.5
 "Share of the memory: a plan that needs no more of it is not worth measuring."
 
-THOROUGH, BRISK = 0.01, 0.03
+THOROUGH, BRISK = 0.01, 0.02
 "Gain in size for which one more group of processes is started: without headroom, and with some."
 
 
@@ -169,7 +169,7 @@ def left_free(batching: BatchingConfig, usable_bytes: int, device: str) -> int:
     process takes before it has either does not grow.
     """
     share, least = batching.headroom, batching.headroom_bytes
-    share = HEADROOM[device] if share == "auto" else float(share)
+    share = HEADROOM if share == "auto" else float(share)
     least = HEADROOM_BYTES[device] if least == "auto" else int(least)
     return max(int(share * usable_bytes), least)
 

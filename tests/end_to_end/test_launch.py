@@ -58,7 +58,7 @@ def test_a_plan_says_what_fits_and_what_pruning_buys(tmp_path, words):
     for name in ("largest micro-batch", "activations, vision", "peak learning rate", "left free"):
         assert name in told
     used = pruned["peaks"]
-    budget = 0.92 * 64 * 2**20
+    budget = 0.94 * 64 * 2**20
     assert 0.8 * budget < max(used.values()) <= budget
 
 
