@@ -198,7 +198,12 @@ def _facts(node: Node, memory: Memory, sizes: Sequence[int]) -> dict[str, Any]:
         node.tree,
         world_size=node.world_size,
         local_ranks=node.local_ranks,
-        device={"name": memory.name, "budget_bytes": memory.budget_bytes},
+        # Not the budget: what a bare process takes differs by a page or two from start to start.
+        device={
+            "name": memory.name,
+            "limit_bytes": memory.limit.bytes,
+            "headroom": [node.config.batching.headroom, node.config.batching.headroom_bytes],
+        },
         accumulates=_accumulates(node, sizes),
     )
 
