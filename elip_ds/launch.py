@@ -106,4 +106,7 @@ def _write(path: Path | None, record: Any) -> None:
 
 
 if __name__ == "__main__":
-    exit_with(main, sys.argv[1:])
+    try:
+        exit_with(main, sys.argv[1:])
+    except KeyboardInterrupt:  # what was started has been ended on the way here
+        sys.exit("error: interrupted; no process is left")

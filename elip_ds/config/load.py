@@ -184,6 +184,8 @@ def changed_keys(old: Config, new: Config) -> list[str]:
         if a.get(key) != b.get(key)
         and (key == "run.seed" or key.split(".")[0] not in FREE_SECTIONS)
         and key not in FREE_KEYS
+        # Settled once, at the run's first start, and kept (launching/settle.py).
+        and not (key == "batching.global_batch_size" and b.get(key) == "auto")
     ]
 
 

@@ -18,12 +18,12 @@ import torch
 from elip_ds import dist
 from elip_ds.batching import Plan, choose_micro_batch, plan_batch
 from elip_ds.batching.plan import better_batches
-from elip_ds.config import Config
+from elip_ds.config import Config, read_config
 from elip_ds.engine import json_batch
 from elip_ds.engine.schedule import scale_lr
 from elip_ds.errors import UserError
 from elip_ds.launching.node import Node, answer_for_node, stretches
-from elip_ds.run import Run
+from elip_ds.run import CONFIG, Run, list_checkpoints
 from elip_ds.tasks import min_micro_batch
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,10 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
     tree: the DeepSpeed JSON, as read_ds_config gave it.  Raises UserError, the same on all ranks.
     """
     asked = json_batch(tree, config.batching, run.world_size)
+    if asked[0] == "auto" and list_checkpoints(run.dir / "ckpt"):
+        # The run goes on with the batch that it has, whatever this machine could hold.
+        kept = read_config(run.dir / CONFIG).batching.global_batch_size
+        asked = kept, asked[1]
     leads = run.ranks.local_rank == 0
     dist.leave_note(f"node-{run.rank}", socket.gethostname() if leads else None)
     if leads:

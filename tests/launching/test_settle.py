@@ -7,7 +7,7 @@ from conftest import tiny_words
 
 from elip_ds import dist
 from elip_ds.batching import Plan
-from elip_ds.config import load_config
+from elip_ds.config import changed_keys, dump_config, load_config
 from elip_ds.errors import UserError
 from elip_ds.launching import settle
 from elip_ds.launching.settle import decide_plan, settle_batch
@@ -80,3 +80,25 @@ def test_a_nodes_refusal_is_every_ranks_with_its_status(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="nothing fits") as caught:
         settle_batch(config, {"zero_optimization": {"stage": 2}}, open_run(config))
     assert caught.value.status == 10
+
+
+def test_a_run_that_has_a_checkpoint_keeps_its_global_batch(tmp_path, monkeypatch):
+    tree = {"zero_optimization": {"stage": 2}}
+    monkeypatch.setattr(dist, "_notes", {})
+
+    def begin(at_most: int) -> tuple:
+        words = ("batching.global_batch_size=auto", f"batching.max_global={at_most}")
+        config = load_config(
+            tiny_words(f"run.dir={tmp_path}", *words, "run.allow_config_change=true")
+        )
+        return settle_batch(config, tree, open_run(config))
+
+    config, plan = begin(16)
+    assert plan.global_batch_size == 16
+    checkpoint = tmp_path / "demo" / "ckpt" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "meta.json").write_text("{}")
+    (tmp_path / "demo" / "config.yaml").write_text(dump_config(config))
+    assert begin(32)[1].global_batch_size == 16
+    again = load_config(tiny_words(f"run.dir={tmp_path}", "batching.global_batch_size=auto"))
+    assert changed_keys(config, again) == ["batching.max_global: 16 -> None"]
