@@ -26,6 +26,7 @@ from elip_ds.towers.layers import (
     init_std,
 )
 from elip_ds.towers.recompute import Run, again, check_recompute, keeping
+from elip_ds.towers.words import WordEmbedding
 
 EPS = 1e-12
 
@@ -119,14 +120,6 @@ class BERT(nn.Module):
     def decode(self, hidden: Tensor) -> Tensor:
         """Word logits: (..., D) -> (..., V)."""
         return self.mlm_head(hidden, self.embeddings.word)
-
-
-class WordEmbedding(nn.Embedding):
-    """Ids to vectors, and, being the decoder's matrix too, vectors to word scores."""
-
-    def forward(self, x: Tensor, decode: bool = False) -> Tensor:
-        """x: ids (B, L) -> (B, L, D); with decode (..., D) -> (..., V)."""
-        return F.linear(x, self.weight) if decode else super().forward(x)
 
 
 class Embeddings(nn.Module):

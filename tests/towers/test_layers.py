@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from storages import Storages
 
-from elip_ds.towers.bert import WordEmbedding
 from elip_ds.towers.layers import (
     MLP,
     CrossAttention,
@@ -146,14 +145,6 @@ def test_the_vit_block_is_pre_norm_and_its_mlp_uses_the_exact_gelu(x):
     hidden = block.mlp.fc1(block.norm2(y))
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     torch.testing.assert_close(block(x), y + block.mlp.fc2(hidden), atol=1e-4, rtol=1e-5)
-
-
-def test_word_embedding_decodes_with_the_matrix_it_encodes_with():
-    word = WordEmbedding(11, 8)
-    hidden = torch.randn(2, 5, 8)
-    assert torch.equal(word(hidden, decode=True), F.linear(hidden, word.weight))
-    assert torch.equal(word(torch.tensor([[3]]))[0, 0], word.weight[3])
-    assert [tuple(p.shape) for p in word.parameters()] == [(11, 8)]
 
 
 @pytest.mark.parametrize("truncated", [True, False])
