@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
         record = engine.train_step(loader)  # accumulate, reduce, update: one optimizer step
         recorder.step(record)
         run.agree_to_stop(engine.step)
+        loader.check(engine.step)
         if eval_every and due(engine.samples_seen, plan.global_batch_size, eval_every):
             recorder.scores(engine.evaluate(held_out))
         if due(engine.samples_seen, plan.global_batch_size, save_every):

@@ -26,6 +26,7 @@ from elip_ds import registry
 from elip_ds.config import Config, read_config
 from elip_ds.data import Batch, read_vocabulary
 from elip_ds.data.augment import eval_image
+from elip_ds.data.corpus import build_fetcher
 from elip_ds.data.decode import decode_image
 from elip_ds.data.record import BadSample, Record
 from elip_ds.data.shards import ShardReader, expand_shards
@@ -127,6 +128,7 @@ def load_models(checkpoint: Path) -> tuple[Config, list[Any], CaptionTokenizer]:
 
 def read_pairs(config: Config, shards: str | None) -> Iterator[tuple[Record, Image.Image]]:
     """Held-out records in order, with their images; what cannot be used is named on stderr."""
+    fetcher = build_fetcher(config.data)
     patterns = [shards] if shards else [entry.shards for entry in config.data.val]
     for pattern in patterns:
         if pattern == "builtin":  # drawn anew: the same, wherever the run kept its shards
@@ -135,7 +137,7 @@ def read_pairs(config: Config, shards: str | None) -> Iterator[tuple[Record, Ima
                 yield record, decode_image(record.image)
             continue
         for path in expand_shards(pattern, "--shards" if shards else "data.val"):
-            reader = ShardReader(path)
+            reader = ShardReader(fetcher.local(path))
             for i in range(len(reader)):
                 try:
                     record = reader.read(i)

@@ -24,7 +24,8 @@ PRESETS = Path(__file__).parent / "presets"
 # What may differ between two starts of one run: it changes where and how fast, not what is learned.
 FREE_SECTIONS = ("run", "engine", "checkpoint", "eval", "metrics", "preset")
 FREE_KEYS = (
-    "data.workers", "data.builtin.dir", "data.max_bad_share", "batching.micro_batch_size",
+    "data.workers", "data.builtin.dir", "data.max_bad_share", "data.cache.dir",
+    "data.cache.limit_gib", "data.time_limit_seconds", "data.retries", "batching.micro_batch_size",
     "batching.multiple_of", "batching.device_memory", "batching.headroom",
     "batching.headroom_bytes", "batching.probe", "batching.oom_retries",
 )  # fmt: skip

@@ -45,9 +45,12 @@ class RunConfig:
 @dataclass(frozen=True)
 class ShardSource:
     shards: str
-    "Tar shards: a path, a glob, a brace pattern, or 'builtin' for the project's own scenes."
+    """Tar shards: a path, a glob, a brace pattern, a name with :// such as
+    s3://bucket/coco-{000..113}.tar, pipe:COMMAND, or 'builtin' for the project's own scenes."""
     weight: float = 1.0
     "How often an epoch visits each sample: 2 is twice, 0.5 every other epoch."
+    index: str | None = None
+    "Of remote shards, where it is not index.json beside them: its name, which may be a pipe:, too."
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,18 @@ class BuiltinConfig:
 
 
 TOKENIZERS = ("albef", "bert", "blip", "roberta", "clip")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    dir: str = "auto"
+    "Folder for copies of remote shards, best on a local disk; auto: elip_ds/shards in ~/.cache."
+    limit_gib: float = 100.0
+    "The copies take no more than this; the least recently used ones go first."
+
+    def __post_init__(self) -> None:
+        _require(bool(self.dir), "data.cache.dir is empty: 'auto' or a folder")
+        _require(self.limit_gib > 0, f"data.cache.limit_gib={self.limit_gib}: above 0")
 
 
 @dataclass(frozen=True)
@@ -101,6 +116,11 @@ class DataConfig:
     "Loader processes per rank; 0 loads in the training process."
     max_bad_share: float = 0.01
     "Stop when more than this share of the samples read cannot be used."
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    time_limit_seconds: float = 60.0
+    "A read of a shard that takes longer has failed: a network file system may never answer."
+    retries: int = 3
+    "Further tries of a remote shard, with pauses of 0.5 s, 1 s, 2 s, ... between them."
 
     def __post_init__(self) -> None:
         for split, sources in (("train", self.train), ("val", self.val)):
@@ -137,6 +157,11 @@ class DataConfig:
             0 <= self.max_bad_share < 1,
             f"data.max_bad_share={self.max_bad_share}: a share, 0 or more and below 1",
         )
+        _require(
+            self.time_limit_seconds > 0,
+            f"data.time_limit_seconds={self.time_limit_seconds}: above 0",
+        )
+        _require(self.retries >= 0, f"data.retries={self.retries}: 0 or more")
         _require(len(self.train) > 0, "data.train is empty: name at least one shard pattern")
 
 

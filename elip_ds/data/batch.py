@@ -13,10 +13,14 @@ from elip_ds.data.augment import MEAN, STD
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that could not be used, and why."""
+    """A sample that could not be used, and why. source: as the config names it.  key: "" where the
+    shard does not even tell its samples' names.  kind: one of record.KINDS.
+    """
 
+    source: str
     shard: str
     key: str
+    kind: str
     reason: str
 
 

@@ -4,12 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from elip_ds import dist
 from elip_ds.config.schema import DataConfig
 from elip_ds.data.builtin import builtin_shards
+from elip_ds.data.fetch import Fetcher
 from elip_ds.data.learn import check_size, learn_vocabulary
 from elip_ds.data.order import SourceSize
-from elip_ds.data.record import BadSample
-from elip_ds.data.shards import ShardReader, count_samples, expand_shards
+from elip_ds.data.patience import Patience
+from elip_ds.data.record import BadSample, BadShard
+from elip_ds.data.shards import Counted, Shard, ShardReader, count_samples, expand_shards
 from elip_ds.data.vocabulary import Vocabulary, read_vocabulary
 from elip_ds.data.vocabulary_files import load_vocabulary
 from elip_ds.errors import UserError
@@ -21,7 +24,7 @@ class Source:
     """name: as the config has it.  shards, counts: tar files and the samples in each."""
 
     name: str
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     counts: tuple[int, ...]
     weight: float = 1.0
 
@@ -30,19 +33,39 @@ class Source:
         return SourceSize(self.counts, self.weight)
 
 
+def build_fetcher(config: DataConfig) -> Fetcher:
+    return Fetcher(config.cache, Patience(config.time_limit_seconds), config.retries)
+
+
 def open_sources(config: DataConfig, run: Run) -> dict[str, list[Source]]:
-    """The sources of both splits, counted. Raises UserError for a missing or empty one."""
+    """The sources of both splits, counted by one rank for all. Raises UserError for a missing or
+    empty one.
+    """
     if any(entry.shards == "builtin" for entry in [*config.train, *config.val]):
         builtin = builtin_shards(config.builtin, run)
+    fetcher = build_fetcher(config)
     splits: dict[str, list[Source]] = {}
     for split, entries in (("train", config.train), ("val", config.val)):
         splits[split] = []
         for i, entry in enumerate(entries):
             key = f"data.{split}" if len(entries) == 1 else f"data.{split}[{i}]"
             is_builtin = entry.shards == "builtin"
-            shards = builtin[split] if is_builtin else expand_shards(entry.shards, key)
-            counts = count_samples(shards, key)
-            source = Source(entry.shards, tuple(shards), tuple(counts), entry.weight)
+            found: UserError | tuple[Sequence[Shard], Counted] | None = None
+            if dist.rank() == 0:
+                try:
+                    listed = [*builtin[split]] if is_builtin else expand_shards(entry.shards, key)
+                    found = listed, count_samples(listed, key, fetcher, entry.index)
+                except UserError as error:
+                    found = error
+            found = dist.gather_objects(found)[0]
+            if isinstance(found, UserError):
+                raise found
+            assert found is not None
+            shards, counted = found
+            if run.first:
+                for shard in counted.cut:
+                    run.note_skipped(str(shard), "", "it ends too early; what is left is used")
+            source = Source(entry.shards, tuple(shards), tuple(counted.samples), entry.weight)
             splits[split].append(source)
     return splits
 
@@ -61,7 +84,7 @@ def build_vocabulary(
         given = load_vocabulary(config.vocabulary, config.tokenizer, Path(config.root))
         _check_fits(given, size, f"data.vocabulary={config.vocabulary}")
     if run.first and not kept.exists():
-        captions = _captions(sources["train"]) if given is None else ()
+        captions = _captions(sources["train"], build_fetcher(config)) if given is None else ()
         run.write_text(kept, (given or learn_vocabulary(captions, size, config.tokenizer)).json)
     run.wait()
     vocabulary = read_vocabulary(kept)
@@ -85,10 +108,13 @@ def _check_fits(vocabulary: Vocabulary, size: int, name: str) -> None:
         )
 
 
-def _captions(sources: Sequence[Source]) -> Iterator[str]:
+def _captions(sources: Sequence[Source], fetcher: Fetcher) -> Iterator[str]:
     for source in sources:
-        for path in source.shards:
-            reader = ShardReader(path)
+        for shard in source.shards:
+            try:
+                reader = ShardReader(fetcher.local(shard))
+            except BadShard:  # the loader names it
+                continue
             for i in range(len(reader)):
                 try:
                     yield from reader.captions(i)

@@ -8,12 +8,13 @@ import logging
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from elip_ds import dist
 from elip_ds.config.schema import DataConfig
 from elip_ds.data.batch import Batch, Skipped
 from elip_ds.data.corpus import Source
@@ -26,41 +27,59 @@ from elip_ds.run import Run
 
 log = logging.getLogger(__name__)
 
+CHECK_EVERY = 10
+"Optimizer steps between two looks at the share of bad samples of all ranks."
 MIN_READ = 200
 "Samples read before the share of bad ones may stop a run."
 
 
 class Intake:
-    """Counts what comes from the workers: samples read, and the bad ones among them."""
+    """Counts what comes from the workers: samples read, and the bad ones by source and kind."""
 
     def __init__(self, run: Run, max_bad_share: float) -> None:
-        self.read, self.bad = 0, 0
+        self.read = 0
+        self.bad: Counter[tuple[str, str]] = Counter()
         self._run, self._max_bad_share = run, max_bad_share
-        self._met: Counter[Skipped] = Counter()
+        self._met: set[Skipped] = set()
+        self._reasons: Counter[str] = Counter()
+
+    def clear(self) -> None:
+        """Count from 0 again."""
+        self.read = 0
+        self.bad.clear()
 
     def take(self, batch: Batch | UserError) -> Batch:
-        """The batch, counted. Raises UserError when it is one, and when too much was bad so far."""
+        """The batch, counted. Raises UserError when it is one; alone also as check does."""
         if isinstance(batch, UserError):
-            self._stop(str(batch))
+            if not self._run.first:
+                log.error(batch)  # the entry prints errors of rank 0 only
+            raise batch
         self.read += len(batch) + len(batch.skipped)
-        self.bad += len(batch.skipped)
         for skipped in batch.skipped:
+            self.bad[skipped.source, skipped.kind] += 1
+            self._reasons[skipped.reason] += 1
             if skipped not in self._met:
+                self._met.add(skipped)
                 self._run.note_skipped(skipped.shard, skipped.key, skipped.reason)
-            self._met[skipped] += 1
-        if self.read >= MIN_READ and self.bad > self._max_bad_share * self.read:
-            reasons = Counter(skipped.reason for skipped in self._met.elements())
-            self._stop(
-                f"{self.bad} of {self.read} samples read cannot be used, more than "
-                f"data.max_bad_share={self._max_bad_share}; most often: "
-                f"{reasons.most_common(1)[0][0]}; see {self._run.dir}/skipped.jsonl"
-            )
+        if self._run.world_size == 1:
+            self._check(self.read, self.bad.total())
         return batch
 
-    def _stop(self, message: str) -> NoReturn:
-        if not self._run.first:
-            log.error(message)  # the entry prints errors of rank 0 only
-        raise UserError(message)
+    def check(self) -> None:
+        """Raises UserError on all ranks together when too much of what they read was bad. Every
+        rank calls it.
+        """
+        counts = torch.tensor([self.read, self.bad.total()], device=self._run.device)
+        read, bad = dist.sum_over_ranks(counts).tolist()
+        self._check(int(read), int(bad))
+
+    def _check(self, read: int, bad: int) -> None:
+        if read >= MIN_READ and bad > self._max_bad_share * read:
+            most = f"most often: {self._reasons.most_common(1)[0][0]}; " if self._reasons else ""
+            raise UserError(
+                f"{bad} of {read} samples read cannot be used, more than "
+                f"data.max_bad_share={self._max_bad_share}; {most}see {self._run.dir}/skipped.jsonl"
+            )
 
 
 class TrainLoader:
@@ -83,9 +102,16 @@ class TrainLoader:
         self._batches: Iterator[Batch | UserError] | None = None
 
     @property
-    def bad(self) -> int:
-        """Samples that this rank could not use since its start."""
+    def bad(self) -> Counter[tuple[str, str]]:
+        """Samples that this rank could not use since its start, by source and kind."""
         return self._intake.bad
+
+    def check(self, step: int) -> None:
+        """Every few steps all ranks hear how much was bad. Every rank calls it. Raises UserError
+        on all of them when it is too much.
+        """
+        if step % CHECK_EVERY == 0:
+            self._intake.check()
 
     def seek(self, samples_seen: int, micro_batch_size: int | None = None) -> None:
         """Go on behind so many samples of the run, in batches of another size if one is given;
@@ -148,12 +174,13 @@ class HeldOut:
         return self.size
 
     def __iter__(self) -> Iterator[Batch]:
-        self._intake.read = self._intake.bad = 0
+        self._intake.clear()
         places = self._places()
         step = self._batch_size
         batches = (places[i : i + step] for i in range(0, len(places), step))
         for batch in _torch_loader(self.dataset, batches, self._workers, self._run):
             yield self._intake.take(batch)
+        self._intake.check()
 
     def _places(self) -> list[Place]:
         """This rank's pairs, as many as every other rank has."""

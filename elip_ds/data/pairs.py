@@ -4,7 +4,6 @@ A sample that cannot be used is replaced by the next one of its source, and name
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +13,12 @@ from torch.utils.data import Dataset
 from elip_ds.config.schema import DataConfig
 from elip_ds.data.augment import eval_image, keyed_generator, train_image
 from elip_ds.data.batch import Batch, Skipped, shortest_length, stable_hash
-from elip_ds.data.corpus import Source
+from elip_ds.data.corpus import Source, build_fetcher
 from elip_ds.data.decode import decode_image
 from elip_ds.data.order import Place
-from elip_ds.data.record import BadSample
-from elip_ds.data.shards import INDEX, ShardReader
+from elip_ds.data.patience import Patience
+from elip_ds.data.record import BadSample, BadShard, Record
+from elip_ds.data.shards import INDEX, Shard, ShardReader
 from elip_ds.data.text import CaptionTokenizer
 from elip_ds.errors import UserError
 
@@ -57,7 +57,9 @@ class PairDataset(Dataset):
         self.image_size, self.seed, self.augment = image_size, seed, augment
         self._starts = [np.cumsum([0, *source.counts]) for source in self.sources]
         self._open_shards = max(OPEN_SHARDS, (config.shuffle_shards + 1) * len(self.sources))
-        self._readers: dict[Path, ShardReader] = {}
+        self._readers: dict[Shard, ShardReader | BadShard] = {}
+        self._patience = Patience(config.time_limit_seconds)
+        self._fetcher = build_fetcher(config)
 
     def __getitem__(self, places: Sequence[Place]) -> Batch | UserError:
         """A UserError is returned: raised in a worker process it would arrive as a traceback."""
@@ -85,41 +87,70 @@ class PairDataset(Dataset):
 
     def _usable_pair(self, place: Place, skipped: list[Skipped]) -> Pair:
         """The pair at a place or the next usable one; what lies between is added to skipped."""
-        size = self.sources[place.source].size.samples
-        tries = min(size, BAD_IN_A_ROW)
-        for ahead in range(tries):
-            reader, at = self._locate(place.source, (place.sample + ahead) % size)
+        source, sample = self.sources[place.source], place.sample
+        tries = min(source.size.samples, BAD_IN_A_ROW)
+        for _ in range(tries):
+            shard, at = self._locate(place.source, sample)
+            name, reader = str(source.shards[shard]), None
             try:
-                return self._pair(reader, at, place)
+                reader = self._reader(source, shard)
+                return self._pair(self._patience(reader.read, at), place)
+            except TimeoutError as error:
+                self._give_up(source.shards[shard], str(error))
+                bad: BadSample = BadSample(str(error), "slow")
             except BadSample as error:
-                skipped.append(Skipped(str(reader.path), reader.key(at), str(error)))
-        bad = skipped[-tries]
+                bad = error
+            key = "" if reader is None else reader.key(at)
+            skipped.append(Skipped(source.name, name, key, bad.kind, str(bad)))
+            if reader is None:  # the whole shard: its neighbour stands in, sample for sample
+                shard = (shard + 1) % len(source.shards)
+                sample = int(self._starts[place.source][shard]) + at % source.counts[shard]
+            else:
+                sample = (sample + 1) % source.size.samples
+        last = skipped[-tries]
         raise UserError(
-            f"data: {tries} samples in a row of {self.sources[place.source].name} cannot be used, "
-            f"from {bad.key} of {bad.shard} on ({bad.reason})"
+            f"data: {tries} samples in a row of {source.name} cannot be used, "
+            f"from {last.key or 'one'} of {last.shard} on ({last.reason})"
         )
 
-    def _locate(self, source: int, sample: int) -> tuple[ShardReader, int]:
+    def _locate(self, source: int, sample: int) -> tuple[int, int]:
+        """Number of the shard, and of the sample in it."""
         starts = self._starts[source]
         shard = int(np.searchsorted(starts, sample, side="right")) - 1
-        path, count = self.sources[source].shards[shard], self.sources[source].counts[shard]
-        reader = self._reader(path)
-        if len(reader) != count:
-            raise UserError(
-                f"data: shard {path} holds {len(reader)} samples, counted were {count}; it was "
-                f"changed, or {path.parent / INDEX} is of another one: delete that"
-            )
-        return reader, sample - int(starts[shard])
+        return shard, sample - int(starts[shard])
 
-    def _reader(self, path: Path) -> ShardReader:
-        reader = self._readers.pop(path, None) or ShardReader(path)
-        self._readers[path] = reader  # most recently used last
+    def _reader(self, source: Source, number: int) -> ShardReader:
+        """Raises BadShard; what failed once is tried again when others have been used since."""
+        shard, count = source.shards[number], source.counts[number]
+        reader = self._readers.pop(shard, None) or self._open(shard)
+        self._readers[shard] = reader  # most recently used last
         if len(self._readers) > self._open_shards:
-            self._readers.pop(next(iter(self._readers))).close()
+            oldest = self._readers.pop(next(iter(self._readers)))
+            if isinstance(oldest, ShardReader):
+                oldest.close()
+        if isinstance(reader, BadShard):
+            raise reader
+        if len(reader) > count or (len(reader) < count and reader.whole):
+            raise UserError(
+                f"data: shard {shard} holds {len(reader)} samples, counted were {count}; it was "
+                f"changed, or the {INDEX} beside it is of another one: delete that"
+            )
         return reader
 
-    def _pair(self, reader: ShardReader, at: int, place: Place) -> Pair:
-        record = reader.read(at)
+    def _open(self, shard: Shard) -> ShardReader | BadShard:
+        try:
+            # A copy has limits of its own, byte by byte.
+            return self._patience(ShardReader, self._fetcher.local(shard))
+        except BadShard as error:
+            return error
+        except TimeoutError as error:
+            return BadShard(str(error), "slow")
+
+    def _give_up(self, shard: Shard, reason: str) -> None:
+        """Its reader is left to the thread that still waits for it."""
+        self._readers[shard] = BadShard(reason, "slow")
+
+    def _pair(self, record: Record, place: Place) -> Pair:
         key = f"{place.source}/{record.key}"
         sample_key = stable_hash(key)
         image = decode_image(record.image)

@@ -19,5 +19,28 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+KINDS = (
+    "decode",  # the image is damaged, or of no known format
+    "size",  # the image is too large to decode, or too small to mean anything
+    "image",  # there is none
+    "caption",  # there is none with a word in it
+    "json",
+    "truncated",  # the shard ends before the sample does
+    "missing",  # the shard is gone
+    "slow",  # reading took longer than the limit
+    "unreadable",  # the system says why
+)
+"The reasons that metrics tell apart."
+
+
 class BadSample(ValueError):
-    """A sample that cannot be used; the message is the reason, a few words."""
+    """A sample that cannot be used; the message is the reason, a few words. kind: one of KINDS."""
+
+    def __init__(self, reason: str, kind: str = "decode") -> None:
+        super().__init__(reason)
+        assert kind in KINDS, kind
+        self.kind = kind
+
+
+class BadShard(BadSample):
+    """None of the samples of a shard can be read, now at least."""

@@ -11,15 +11,16 @@ import glob
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import webdataset
 from webdataset.tariterators import base_plus_ext
 
-from elip_ds.data.record import BadSample, Record
+from elip_ds.data.fetch import Fetcher, glob_remote, is_remote
+from elip_ds.data.record import BadSample, BadShard, Record
 from elip_ds.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -68,20 +69,30 @@ def _members(record: Record) -> dict[str, str | bytes]:
     }
 
 
-def expand_shards(pattern: str, key: str) -> list[Path]:
-    """Brace pattern or glob -> shards in order. Raises UserError naming what is missing."""
+Shard = Path | str
+"""A file of this machine, or the name of a remote one."""
+
+
+def expand_shards(pattern: str, key: str) -> list[Shard]:
+    """Brace pattern or glob -> shards in order. Raises UserError naming what is missing here;
+    whether a remote one is there shows when it is counted.
+    """
     try:
         names = webdataset.shardlists.expand_urls(pattern)
     except ValueError as error:
         raise UserError(f"{key}={pattern}: the braces do not fit: {error}") from None
-    found: list[Path] = []
-    for name in map(os.path.expanduser, names):
+    found: list[Shard] = []
+    for name in names:
+        if is_remote(name):
+            found += glob_remote(name, key)
+            continue
+        name = os.path.expanduser(name)
         is_glob = glob.has_magic(name) and not os.path.exists(name)
         matches = sorted(glob.glob(name)) if is_glob else [name]
         if not matches:
             raise UserError(f"{key}: no file matches {name}")
         found += [Path(match) for match in matches]
-    missing = [path for path in found if not path.is_file()]
+    missing = [path for path in found if isinstance(path, Path) and not _is_shard(path)]
     if missing and missing[0].is_dir():
         raise UserError(f"{key}: {missing[0]} is a folder; name its shards, {missing[0]}/*.tar")
     if missing:
@@ -90,24 +101,73 @@ def expand_shards(pattern: str, key: str) -> list[Path]:
     return found
 
 
-def count_samples(shards: list[Path], key: str) -> list[int]:
-    """Samples in each shard, from the folder's index where it fits the file, else by a scan.
+def _is_shard(path: Path) -> bool:
+    return path.exists() and not path.is_dir()
 
-    Raises UserError for a shard that holds none.
+
+class Counted(NamedTuple):
+    """samples: in each shard.  cut: shards that end too early; what is missing is counted where an
+    index tells of it.
     """
-    indexes: dict[Path, dict[str, Any]] = {}
-    counts = []
-    for path in shards:
-        if path.parent not in indexes:
-            indexes[path.parent] = _read_index(path.parent)
-        match indexes[path.parent].get(path.name):
-            case {"samples": int(count), "bytes": size} if size == path.stat().st_size:
-                counts.append(count)
-            case _:
-                counts.append(len(scan_shard(path, key)))
-        if counts[-1] < 1:
-            raise UserError(f"{key}: shard {path} holds no sample")
-    return counts
+
+    samples: list[int]
+    cut: list[Shard]
+
+
+def count_samples(
+    shards: Sequence[Shard], key: str, fetcher: Fetcher, index: str | None = None
+) -> Counted:
+    """Samples in each shard, from an index where it fits the file, else by a scan.
+
+    index: the name of the index of remote shards, if it is not index.json beside them.
+    Raises UserError for a shard that holds none, or cannot be had.
+    """
+    indexes: dict[str, dict[str, Any]] = {}
+    counted = Counted([], [])
+    for shard in shards:
+        folder = os.path.dirname(str(shard))
+        if folder not in indexes:
+            indexes[folder] = (
+                _read_index(Path(folder))
+                if isinstance(shard, Path)
+                else _read_remote_index(folder, index, fetcher)
+            )
+        entry = indexes[folder].get(_file_name(shard))
+        count, cut = _count(shard, entry, key, fetcher)
+        if count < 1:
+            raise UserError(f"{key}: shard {shard} holds no sample")
+        counted.samples.append(count)
+        if cut:
+            counted.cut.append(shard)
+    return counted
+
+
+def _count(shard: Shard, entry: Any, key: str, fetcher: Fetcher) -> tuple[int, bool]:
+    match entry:
+        case {"samples": int(count)} if isinstance(shard, str):
+            return count, False  # what is there now shows when it is read
+        case {"samples": int(count), "bytes": size} if size >= shard.stat().st_size:  # type: ignore[union-attr]
+            return count, size > shard.stat().st_size  # type: ignore[union-attr]
+    try:
+        scan = scan_shard(fetcher.local(shard))
+    except BadShard as error:
+        raise UserError(f"{key}: shard {shard} is damaged or no tar: {error}") from None
+    return len(scan.entries), not scan.whole
+
+
+def _file_name(shard: Shard) -> str:
+    """As an index has it."""
+    words = str(shard).partition("?")[0].split()
+    return os.path.basename(next((w for w in words if w.endswith(".tar")), words[-1]))
+
+
+def _read_remote_index(folder: str, name: str | None, fetcher: Fetcher) -> dict[str, Any]:
+    if name is None and folder.startswith("pipe:"):
+        return {}
+    with contextlib.suppress(BadShard, ValueError):
+        index = json.loads(fetcher.read(name or f"{folder}/{INDEX}"))
+        return index if isinstance(index, dict) else {}
+    return {}
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -126,41 +186,59 @@ class Entry:
     members: dict[str, tuple[int, int]]
 
 
-def scan_shard(path: Path, key: str = "data") -> list[Entry]:
+class Scan(NamedTuple):
+    """whole: the tar ends as one; else the last entry, which may lack members, is left out."""
+
+    entries: list[Entry]
+    whole: bool
+
+
+def scan_shard(path: Path) -> Scan:
     """The samples of a shard in file order, by reading its headers.
 
-    Raises UserError if it is no tar, or does not end as one.
+    Raises BadShard if it is gone, cannot be read, or is no tar at all.
     """
     entries: list[Entry] = []
+    whole = True
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name, extension = base_plus_ext(member.name)
-                if not member.isfile() or name is None or name.startswith("__"):
-                    continue
-                if not entries or entries[-1].key != name:
-                    entries.append(Entry(name, {}))
-                entries[-1].members[extension.lower()] = (member.offset_data, member.size)
+            try:
+                for member in tar:
+                    name, extension = base_plus_ext(member.name)
+                    if not member.isfile() or name is None or name.startswith("__"):
+                        continue
+                    if not entries or entries[-1].key != name:
+                        entries.append(Entry(name, {}))
+                    entries[-1].members[extension.lower()] = (member.offset_data, member.size)
+            except (tarfile.TarError, ValueError, LookupError, OverflowError):
+                whole = False
             end = tar.offset
         with path.open("rb") as file:
             file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                # For tarfile a file that stops between members or at a broken header has ended.
-                raise tarfile.ReadError(f"the end mark of a tar is missing at byte {end}")
-    except (tarfile.TarError, OSError, ValueError, LookupError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{key}: shard {path} is damaged or no tar: {reason}") from None
-    return entries
+            # For tarfile a file that stops between members or at a broken header has ended.
+            whole = whole and file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except FileNotFoundError as error:
+        raise BadShard(error.strerror or "it is gone", "missing") from None
+    except OSError as error:
+        raise BadShard(error.strerror or str(error), "unreadable") from None
+    except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:
+        raise BadShard(str(error), "truncated") from None
+    if not whole and len(entries) < 2:
+        raise BadShard("not one sample of it is whole", "truncated")
+    return Scan(entries if whole else entries[:-1], whole)
 
 
 class ShardReader:
     """Reads single samples of one shard, whose headers are scanned at once."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError as scan_shard does."""
+        """Raises BadShard as scan_shard does."""
         self.path, self._file = path, -1
-        self._entries = scan_shard(path)
-        self._file = os.open(path, os.O_RDONLY)
+        self._entries, self.whole = scan_shard(path)
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise BadShard(error.strerror or str(error), "missing") from None
 
     def close(self) -> None:
         if self._file >= 0:
@@ -173,14 +251,19 @@ class ShardReader:
         return len(self._entries)
 
     def key(self, i: int) -> str:
-        return self._entries[i].key
+        """Empty for a sample that the shard has lost."""
+        return self._entries[i].key if i < len(self._entries) else ""
 
     def read(self, i: int) -> Record:
-        """Sample i. Raises BadSample when the image or every caption is missing."""
+        """Sample i. Raises BadSample when the image or every caption is missing, or the shard's end
+        with it.
+        """
+        if i >= len(self._entries):
+            raise BadSample("its shard ends before it", "truncated")
         entry = self._entries[i]
         extension = next((e for e in IMAGE_EXTENSIONS if e in entry.members), None)
         if extension is None:
-            raise BadSample("no image")
+            raise BadSample("no image", "image")
         meta = self._meta(entry)
         captions = self._captions(entry, meta)
         meta.pop("captions", None)
@@ -198,7 +281,7 @@ class ShardReader:
         try:
             meta = json.loads(data)
         except (ValueError, RecursionError):
-            raise BadSample("its json is broken") from None
+            raise BadSample("its json is broken", "json") from None
         return meta if isinstance(meta, dict) else {}
 
     def _captions(self, entry: Entry, meta: dict[str, Any]) -> tuple[str, ...]:
@@ -210,7 +293,7 @@ class ShardReader:
         texts = [c.encode(errors="replace").decode() for c in listed if isinstance(c, str)]
         usable = tuple(text for text in texts if text.strip())
         if not usable:
-            raise BadSample("no caption")
+            raise BadSample("no caption", "caption")
         return usable
 
     def _bytes(self, entry: Entry, extension: str) -> bytes:
@@ -218,7 +301,7 @@ class ShardReader:
         try:
             data = os.pread(self._file, size, offset)
         except OSError as error:
-            raise BadSample(f"cannot be read: {error.strerror}") from None
+            raise BadSample(f"cannot be read: {error.strerror}", "unreadable") from None
         if len(data) != size:
-            raise BadSample("its shard has become shorter")
+            raise BadSample("its shard has become shorter", "truncated")
         return data

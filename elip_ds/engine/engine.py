@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class StepRecord:
     """What one optimizer step was. losses, logs: means over this rank's micro-batches, on the
     device. seconds: by phase, host time.  applied: False when fp16 overflow skipped the update.
     kept_tokens: sequence length after each pruning stage.  bad_samples: skipped on this rank so
-    far.
+    far, by source and kind (see data/record.py).
     """
 
     step: int
@@ -62,7 +63,7 @@ class StepRecord:
     kept_tokens: tuple[int, ...]
     global_batch_size: int
     applied: bool
-    bad_samples: int
+    bad_samples: Counter[tuple[str, str]]
 
 
 class Engine:
@@ -202,7 +203,7 @@ class Engine:
             kept_tokens=loss.kept_tokens,
             global_batch_size=self.plan.global_batch_size,
             applied=applied,
-            bad_samples=loader.bad,
+            bad_samples=loader.bad.copy(),
         )
 
     def _follow_schedule(self, progress: Progress, loader: TrainLoader) -> None:

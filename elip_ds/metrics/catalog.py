@@ -24,7 +24,12 @@ CATALOG = (
         "counter",
         "Optimizer steps that an overflow skipped since this start.",
     ),
-    Series("elip_samples_skipped_total", "counter", "Samples that could not be used, on rank 0."),
+    Series(
+        "elip_samples_skipped_total",
+        "counter",
+        "Samples that could not be used, of all ranks.",
+        ("source", "reason"),
+    ),
     Series("elip_step", "gauge", "Optimizer steps done in the whole run."),
     Series("elip_samples_seen", "gauge", "Image-text pairs trained on in the whole run."),
     Series("elip_epoch", "gauge", "Passes over the training data."),

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Recorder:
         self.kept_tokens: tuple[int, ...] = ()
         self.url: str | None = None
         self._exporter = Exporter() if run.first else None
-        self._bad = 0
+        self._bad: Counter[tuple[str, str]] = Counter()
         self._write_failed = False
         self._progress = Progress(total_samples) if run.first else None
         if self._exporter is not None:
@@ -148,8 +149,6 @@ class Recorder:
         out["elip_optimizer_steps_total"].inc()
         if not record.applied:
             out["elip_optimizer_steps_skipped_total"].inc()
-        out["elip_samples_skipped_total"].inc(record.bad_samples - self._bad)
-        self._bad = record.bad_samples
         out["elip_step_duration_seconds"].observe(seconds)
         for phase, spent in record.seconds.items():
             out["elip_step_phase_seconds_total"].labels(phase).inc(spent)
@@ -168,6 +167,7 @@ class Recorder:
         means = dict(zip(names, values, strict=True))
         losses = {name: means[name] for name in self._losses}
         logs = {name: means[name] for name in self._logs}
+        bad = _sum_over_ranks(record.bad_samples)
         steps, self._steps, self._losses, self._logs = self._steps, 0, {}, {}
         seconds = self._last_time - self._interval_start
         rate = steps * record.global_batch_size / max(1e-9, seconds)
@@ -191,10 +191,13 @@ class Recorder:
             "kept_tokens": record.kept_tokens,
             "memory_used_bytes": memory[0],
             "memory_peak_bytes": memory[1],
-            "bad_samples": record.bad_samples,
+            "bad_samples": bad.total(),
             "time": time.time(),
         }
         self._write(line)
+        for labels, count in (bad - self._bad).items():
+            self._exporter["elip_samples_skipped_total"].labels(*labels).inc(count)
+        self._bad = bad
         for name, value in losses.items():
             self._exporter["elip_loss"].labels(name).set(value)
         for name, value in logs.items():
@@ -214,9 +217,9 @@ class Recorder:
                 record.learning_rate,
                 rate,
             )
-        bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        if bad:
-            log.error("loss %s is not finite at step %d", ", ".join(bad), record.step)
+        wrong = [name for name, value in losses.items() if not math.isfinite(value)]
+        if wrong:
+            log.error("loss %s is not finite at step %d", ", ".join(wrong), record.step)
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
@@ -255,6 +258,11 @@ def _strict(value: Any) -> Any:
 def _mean_over_ranks(sums: list[Tensor], steps: int) -> list[float]:
     stacked = torch.stack([value.float() for value in sums]) / steps
     return (dist.sum_over_ranks(stacked) / dist.world_size()).tolist()
+
+
+def _sum_over_ranks(counts: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
+    """Of all ranks; every rank calls it."""
+    return sum(dist.gather_objects(counts), Counter())
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

@@ -12,7 +12,9 @@ from PIL import Image
 from elip_ds.config import load_config
 from elip_ds.config.schema import DataConfig, ShardSource
 from elip_ds.data import Batch, HeldOut, TrainLoader, Vocabulary, build_loaders, open_sources
+from elip_ds.data.corpus import build_fetcher
 from elip_ds.data.record import Record
+from elip_ds.data.shards import count_samples
 from elip_ds.data.vocabulary import SPECIALS
 from elip_ds.dist import Ranks
 from elip_ds.run import Run
@@ -55,6 +57,11 @@ def data_config(train: Path | str, val: Path | str, *words: str) -> DataConfig:
     return DataConfig(
         **vars(config) | {"train": [ShardSource(str(train))], "val": [ShardSource(str(val))]}
     )
+
+
+def count(shards: Sequence[Path], key: str = "data.train") -> list[int]:
+    """Samples of local shards."""
+    return count_samples(shards, key, build_fetcher(DataConfig())).samples
 
 
 def make_loaders(

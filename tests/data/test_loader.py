@@ -315,7 +315,8 @@ def test_a_bad_sample_is_named_and_the_next_one_takes_its_place(
     reasons = {skipped.key: skipped.reason for skipped in batch.skipped}
     assert (reasons["r0004"], reasons["r0009"]) == ("no caption", "no image")
     assert reasons["r0003"].startswith("cannot be decoded: ")
-    assert loader.bad == 4
+    source = broken.train[0].shards
+    assert loader.bad == {(source, "decode"): 1, (source, "caption"): 2, (source, "image"): 1}
     lines = [json.loads(line) for line in (run.dir / "skipped.jsonl").read_text().splitlines()]
     assert sorted(line["key"] for line in lines) == ["r0003", "r0004", "r0009"]
     assert {line["shard"] for line in lines} == {shard}
@@ -344,8 +345,8 @@ def test_too_many_bad_samples_stop_the_run(broken: DataConfig, run: Run) -> None
     read = loader._intake.read
     assert 200 <= read < 216
     assert line == (
-        f"{loader.bad} of {read} samples read cannot be used, more than data.max_bad_share=0.1; "
-        f"most often: no caption; see {run.dir}/skipped.jsonl"
+        f"{loader.bad.total()} of {read} samples read cannot be used, more than "
+        f"data.max_bad_share=0.1; most often: no caption; see {run.dir}/skipped.jsonl"
     )
 
 
@@ -370,12 +371,49 @@ def test_a_shard_that_its_index_does_not_describe(tmp_path: Path, run: Run) -> N
     assert line.startswith(f"data: shard {shard} holds 5 samples, counted were 6; it was changed")
 
 
-def test_a_shard_that_is_gone_when_it_is_wanted(tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_gone_gives_way_to_its_neighbour(
+    tmp_path: Path, run: Run, workers: int
+) -> None:
+    write_shards(map(record, range(15)), tmp_path, "x", per_shard=5)
+    paths = tmp_path / "x-*.tar"
+    loader = train(data_config(paths, paths, f"data.workers={workers}"), run, micro=15)
+    gone = tmp_path / "x-000001.tar"
+    gone.unlink()
+    batch = next(loader)
+    # 5 to 9 give way to 10 to 14, each to its own.
+    assert sorted(numbers(batch)) == sorted([*range(5), *range(10, 15), *range(10, 15)])
+    assert loader.bad == {(str(paths), "missing"): 5}
+    assert {(s.shard, s.key, s.reason) for s in batch.skipped} == {
+        (str(gone), "", "No such file or directory")
+    }
+
+
+def test_a_source_whose_shards_are_all_gone(tmp_path: Path, run: Run) -> None:
     shard = shard_with(tmp_path / "x.tar", 5, {})
-    loader = train(data_config(shard, shard, "data.workers=1"), run)
+    loader = train(data_config(shard, shard), run)
     shard.unlink()
     line = error_of(loader)
-    assert line == f"data: shard {shard} is damaged or no tar: No such file or directory"
+    assert line == (
+        f"data: 5 samples in a row of {shard} cannot be used, from one of {shard} on "
+        "(No such file or directory)"
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_does_not_answer_is_left_behind(tmp_path: Path, run: Run, workers: int) -> None:
+    """Opening a named pipe that nobody writes to waits for ever, as a dead file server does."""
+    write_shards(map(record, range(10)), tmp_path, "x", per_shard=5)
+    paths = tmp_path / "x-*.tar"
+    words = (f"data.workers={workers}", "data.time_limit_seconds=0.2")
+    loader = train(data_config(paths, tmp_path / "x-000000.tar", *words), run, micro=10)
+    stuck = tmp_path / "x-000001.tar"
+    stuck.unlink()
+    os.mkfifo(stuck)
+    batch = next(loader)
+    assert sorted(numbers(batch)) == sorted([*range(5), *range(5)])
+    assert loader.bad == {(str(paths), "slow"): 5}
+    assert batch.skipped[0].reason == "no answer within 0.2 s"
 
 
 def test_few_shards_stay_open(tmp_path: Path, run: Run) -> None:
