@@ -44,19 +44,20 @@ def write_shards(
         count = 0
         with webdataset.TarWriter(str(partial), encoder=False, mtime=0) as tar:
             while record is not None and count < per_shard:
-                tar.write(_members(record))
+                tar.write(tar_members(record))
                 count += 1
                 record = next(iterator, None)
         os.replace(partial, path)
         paths.append(path)
         counts[path.name] = {"samples": count, "bytes": path.stat().st_size}
     partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps(_read_index(folder) | counts, indent=1) + "\n")
+    partial.write_text(json.dumps(read_index(folder) | counts, indent=1) + "\n")
     os.replace(partial, folder / INDEX)
     return paths
 
 
-def _members(record: Record) -> dict[str, str | bytes]:
+def tar_members(record: Record) -> dict[str, str | bytes]:
+    """A record as webdataset.TarWriter takes it."""
     assert record.key and "." not in record.key, record.key
     assert record.captions, record.key
     meta = {**record.meta, "captions": list(record.captions)}
@@ -99,7 +100,7 @@ def count_samples(shards: list[Path], key: str) -> list[int]:
     counts = []
     for path in shards:
         if path.parent not in indexes:
-            indexes[path.parent] = _read_index(path.parent)
+            indexes[path.parent] = read_index(path.parent)
         match indexes[path.parent].get(path.name):
             case {"samples": int(count), "bytes": size} if size == path.stat().st_size:
                 counts.append(count)
@@ -110,7 +111,7 @@ def count_samples(shards: list[Path], key: str) -> list[int]:
     return counts
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
     """The folder's index, empty where there is none to use."""
     with contextlib.suppress(OSError, ValueError):
         index = json.loads((folder / INDEX).read_text())
