@@ -65,7 +65,7 @@ class Table(RawSource):
                     row.pop(None, None)  # more fields than names # type: ignore[call-overload]
                     yield rows.line_num, {k: "" if v is None else v for k, v in row.items()}
             except csv.Error as error:
-                raise UserError(f"{path}: line {rows.line_num}: {error}") from None
+                raise UserError(f"{path}: behind line {rows.line_num}: {error}") from None
 
 
 def _json_lines(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

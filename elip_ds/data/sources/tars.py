@@ -9,8 +9,6 @@ from elip_ds.data.record import BadSample, Record
 from elip_ds.data.shards import ShardReader, expand_shards
 from elip_ds.errors import UserError
 
-SEPARATOR = "::"
-
 
 class Shards(RawSource):
     """Existing shards, to cut, resize or merge them anew."""
