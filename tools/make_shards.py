@@ -82,7 +82,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--per-shard", type=positive, default=1000, metavar="N", help="samples; default 1000"
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="K",
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="K",
         help="processes; default one a core, 0 is none beside this one",
     )  # fmt: skip
     parser.add_argument(

@@ -91,7 +91,8 @@ class ShardMaker:
 
     def __call__(self, task: Task, advance: Callable[[int], None]) -> int:
         """Number of the shard. Raises UserError when it cannot be written, or is mostly bad."""
-        partial = self.job.state / f"{task.number:06d}.tar.partial"
+        # A worker of a start that was killed may be at it for one more sample.
+        partial = self.job.state / f"{task.number:06d}.{os.getpid()}.partial"
         try:
             statistics, skipped = self._write(partial, task, advance)
             _check_bad(skipped, task, self.job)
@@ -102,6 +103,7 @@ class ShardMaker:
                     "checksum": checksum(partial),
                 }
             report = {"entry": entry, "skipped": skipped}
+            advance(0)  # an orphan ends here and publishes nothing
             write_whole(self.job.report(task.number), json.dumps(report).encode())
             if entry is None:
                 partial.unlink()
@@ -221,7 +223,7 @@ def checksum(path: Path) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """On disk whole, or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             file.write(data)

@@ -10,7 +10,10 @@ LINE_SECONDS = 15.0
 
 
 class Showing:
-    """One stretch of work over `total` samples, shown on stderr; share, rate and time left."""
+    """One stretch of work over `total` samples, shown on stderr: share, rate and time left.
+
+    total: 0 where nobody knows.
+    """
 
     def __init__(self, what: str, total: int, every_seconds: float = LINE_SECONDS) -> None:
         self._what, self._total, self._every = what, total, every_seconds
@@ -21,13 +24,15 @@ class Showing:
             self._bar = Progress(
                 TextColumn("{task.description} {task.percentage:>3.0f}%"),
                 BarColumn(),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f} samples"),
+                TextColumn("{task.completed:,.0f} of {task.fields[all]} samples"),
                 TextColumn("{task.fields[rate]:,.0f}/s"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(what, total=total, rate=0.0)
+            self._task = self._bar.add_task(
+                what, total=total or None, rate=0.0, all=f"{total:,}" if total else "?"
+            )
 
     def skip(self, count: int) -> None:
         """Samples that an earlier start has done, which say nothing of the rate."""
@@ -49,7 +54,9 @@ class Showing:
         return (self._count - self._skipped) / max(time.monotonic() - self._began, 1e-6)
 
     def line(self) -> str:
-        share = self._count / max(self._total, 1)
+        if not self._total:
+            return f"{self._what}: {self._count:,} samples, {self.rate:,.0f}/s"
+        share = self._count / self._total
         left = "?"
         if self._count > self._skipped:
             left = _duration((self._total - self._count) / self.rate)
