@@ -102,7 +102,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--max-bad-share", type=float, default=0.9, metavar="X",
         help="of a shard's samples; more unusable ones than that stop; default 0.9",
     )  # fmt: skip
-    parser.add_argument("--plan", action="store_true", help="only say what would be made")
+    parser.add_argument(
+        "--plan", "--dry-run", action="store_true", help="only say what would be made"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     args = parser.parse_intermixed_args(argv)
     if args.prefix is not None and not re.fullmatch(r"[A-Za-z0-9_=+.-]+", args.prefix):

@@ -6,6 +6,7 @@ import io
 import random
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -43,19 +44,19 @@ def draw_samples(shards: Sequence[Path], number: int, seed: int = 0) -> list[Rec
 
     Raises UserError if there is none.
     """
-    counts = count_samples(list(shards), "shards")
-    places = [(path, i) for path, count in zip(shards, counts, strict=True) for i in range(count)]
+    places: list[tuple[Path, int]] = []
+    for path in shards:
+        with suppress(UserError):  # a damaged one, which the inspection names
+            places += [(path, i) for i in range(*count_samples([path], "--sheet"))]
     chosen = sorted(random.Random(seed).sample(range(len(places)), min(number, len(places))))
     records = []
     for path, i in (places[j] for j in chosen):
-        try:
-            reader = ShardReader(path)
-            records.append(reader.read(i))
-            decode_image(records[-1].image)
-        except BadSample:  # the inspection names it
-            records = records[:-1] if records and records[-1].key == reader.key(i) else records
+        with suppress(UserError, BadSample):  # likewise
+            record = ShardReader(path).read(i)
+            decode_image(record.image)
+            records.append(record)
     if not records:
-        raise UserError(f"--sheet: none of {len(chosen)} samples of {shards[0]} ... can be shown")
+        raise UserError(f"--sheet: none of {len(chosen)} samples can be shown")
     return records
 
 

@@ -31,6 +31,8 @@ def test_what_cannot_be_shown_is_left_out(tmp_path: Path) -> None:
     members = [("a.jpg", b"no image"), ("a.txt", b"a"), ("b.jpg", jpeg(0)), ("b.txt", b"b")]
     path = write_tar(tmp_path / "x.tar", [*members, ("c.jpg", jpeg(1))])
     assert [r.key for r in draw_samples([path], 9)] == ["b"]
+    (tmp_path / "z.tar").write_bytes(b"no tar")
+    assert len(draw_samples([tmp_path / "z.tar", path], 9)) == 1
     with pytest.raises(UserError, match="--sheet: none of 1 samples"):
         draw_samples([write_tar(tmp_path / "y.tar", members[:2])], 9)
 

@@ -202,6 +202,7 @@ def test_an_interrupt_is_one_line_and_leaves_no_process(
     assert err.endswith("error: interrupted; whole shards stay, the same command goes on\n")
     wait_until_gone(workers)
     assert all(undisturbed[path.name] == path.read_bytes() for path in out.glob("*.tar"))
+    assert list(out.glob(".scenes.making/*.partial")) == []
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +55,20 @@ def make_shards(job: Job, workers: int = 0, show: Callable[..., Showing] = Showi
     try:
         job.state.mkdir(parents=True, exist_ok=True)
         with _locked(job.state, f"--out {job.folder}: another process makes {job.prefix}-*.tar"):
-            listing = _plan(job)
-            made = _make(job, listing, workers, show)
-            for leftover in [job.listing, *job.state.glob("*.npy")]:
-                leftover.unlink()
+            _remove(job.state.glob("*.partial"))  # of a start that was killed
+            try:
+                made = _make(job, _plan(job), workers, show)
+            finally:  # of workers that were ended: on a full disk their space is wanted
+                _remove(job.state.glob("*.partial"))
+            _remove([job.listing, *job.state.glob("*.npy")])
             return made
     except OSError as error:
         raise UserError(f"--out {job.folder}: {error.strerror or error}") from None
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -82,8 +89,6 @@ def _locked(folder: Path, refusal: str = "") -> Iterator[None]:
 
 def _plan(job: Job) -> Listing:
     """Lists the source anew. Raises UserError unless that is what an earlier start has listed."""
-    for leftover in job.state.glob("*.partial"):
-        leftover.unlink()
     with job.listing.open("wb") as out:
         listing = list_items(job.open_source(), out)
     if listing.samples == 0:
@@ -95,8 +100,7 @@ def _plan(job: Job) -> Listing:
     found = sorted(job.folder.glob(f"{job.prefix}-[0-9]*.tar"))
     if not found:  # an earlier start went no further than its faults
         hashes = [] if old == plan else job.state.glob("*.npy")
-        for leftover in [*job.state.glob("*.json"), *hashes]:
-            leftover.unlink()
+        _remove([*job.state.glob("*.json"), *hashes])
         write_whole(path, json.dumps(plan, indent=1).encode())
     elif old is None:
         raise UserError(
