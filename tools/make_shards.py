@@ -111,6 +111,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--prefix {args.prefix!r}: letters, digits and _=+.-")
     if not 1 <= args.quality <= 100:
         raise UserError(f"--quality {args.quality}: 1 to 100")
+    if not 0 <= args.max_bad_share <= 1:
+        raise UserError(f"--max-bad-share {args.max_bad_share}: 0 to 1")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: 0 or more")
     return args

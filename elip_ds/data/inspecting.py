@@ -4,7 +4,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,21 @@ class Contents:
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, DIGEST_BYTES), np.uint8))
     problems: list[str] = field(default_factory=list)
 
-    def join(self, other: "Contents") -> None:
-        self.samples += other.samples
-        self.bytes += other.bytes
-        for name, value in vars(self).items():
-            if isinstance(value, Counter):
-                value.update(getattr(other, name))
-        self.images = np.concatenate([self.images, other.images])
-        self.keys = np.concatenate([self.keys, other.keys])
-        self.problems += other.problems
+    @classmethod
+    def of(cls, parts: Sequence["Contents"]) -> "Contents":
+        """All together."""
+        whole = cls()
+        for part in parts:
+            whole.samples += part.samples
+            whole.bytes += part.bytes
+            whole.problems += part.problems
+            for name, value in vars(whole).items():
+                if isinstance(value, Counter):
+                    value.update(getattr(part, name))
+        if parts:
+            whole.images = np.concatenate([part.images for part in parts])
+            whole.keys = np.concatenate([part.keys for part in parts])
+        return whole
 
     @property
     def repeated_images(self) -> int:
@@ -136,10 +142,8 @@ def inspect_shards(
     """All shards together; problems of one shard come together, repeated keys and shards that an
     index names but that are gone at the end.
     """
-    contents = Contents()
-    results = run_tasks(Inspector(decode), paths, workers, advance)
-    for found in sorted(results, key=lambda found: found.problems):
-        contents.join(found)
+    parts = list(run_tasks(Inspector(decode), paths, workers, advance))
+    contents = Contents.of(sorted(parts, key=lambda part: part.problems))
     if contents.repeated_keys:
         contents.problems.append(f"{contents.repeated_keys} keys come twice or more")
     contents.problems += _gone(paths)

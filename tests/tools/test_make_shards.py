@@ -94,6 +94,7 @@ def test_a_plan_writes_nothing(
         (["scenes", "--out", "x", "--per-shard", "0"], "argument --per-shard: 0 is too few"),
         (["scenes", "--out", "x", "--resize", "many"], "argument --resize: invalid positive value"),
         (["scenes", "--out", "x", "--quality", "0"], "--quality 0: 1 to 100"),
+        (["scenes", "--out", "x", "--max-bad-share", "2"], "--max-bad-share 2.0: 0 to 1"),
         (["scenes", "--out", "x", "--workers", "-1"], "--workers -1: 0 or more"),
         (["scenes", "--out", "x", "--prefix", "a/b"], "--prefix 'a/b': letters, digits and _=+.-"),
         (["scenes", "--out", "x", "size=8"], "scenes.size is not a setting; did you mean scenes"),

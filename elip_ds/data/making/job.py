@@ -59,8 +59,8 @@ def make_shards(job: Job, workers: int = 0, show: Callable[..., Showing] = Showi
             try:
                 made = _make(job, _plan(job), workers, show)
             finally:  # of workers that were ended: on a full disk their space is wanted
-                _remove(job.state.glob("*.partial"))
-            _remove([job.listing, *job.state.glob("*.npy")])
+                _remove([job.listing, *job.state.glob("*.partial")])
+            _remove(job.state.glob("*.npy"))
             return made
     except OSError as error:
         raise UserError(f"--out {job.folder}: {error.strerror or error}") from None

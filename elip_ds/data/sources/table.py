@@ -49,7 +49,11 @@ class Table(RawSource):
 
     def _read(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         """Number of the line, from 1, and its fields."""
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        try:
+            opened = path.open(encoding="utf-8-sig", errors="replace", newline="")
+        except OSError as error:
+            raise UserError(f"table.files: {path} cannot be read: {error.strerror}") from None
+        with opened as file:
             if path.suffix == ".jsonl":
                 yield from _json_lines(file, path)
                 return
