@@ -34,7 +34,16 @@ WEIGHTS = {
     "bert": "elip_ds.weights.bert:FAMILY",
 }
 TASKS = {"pretrain": "elip_ds.tasks.pretrain:Pretrain"}
-SOURCES = {"scenes": "elip_ds.data.sources.synthetic:scenes"}
+SOURCES = {
+    "albef_json": "elip_ds.data.sources.json_list:JsonList",
+    "arrow": "elip_ds.data.sources.arrow:ArrowTable",
+    "img2dataset": "elip_ds.data.sources.img2dataset:Img2Dataset",
+    "karpathy": "elip_ds.data.sources.karpathy:Karpathy",
+    "scenes": "elip_ds.data.sources.drawn:Scenes",
+    "shards": "elip_ds.data.sources.tars:Shards",
+    "table": "elip_ds.data.sources.table:Table",
+    "visual_genome": "elip_ds.data.sources.visual_genome:VisualGenome",
+}
 SCORES = {"recall": "elip_ds.scores.recall:retrieval_recall"}
 
 

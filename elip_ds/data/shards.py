@@ -45,19 +45,20 @@ def write_shards(
         count = 0
         with webdataset.TarWriter(str(partial), encoder=False, mtime=0) as tar:
             while record is not None and count < per_shard:
-                tar.write(_members(record))
+                tar.write(tar_members(record))
                 count += 1
                 record = next(iterator, None)
         os.replace(partial, path)
         paths.append(path)
         counts[path.name] = {"samples": count, "bytes": path.stat().st_size}
     partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps(_read_index(folder) | counts, indent=1) + "\n")
+    partial.write_text(json.dumps(read_index(folder) | counts, indent=1) + "\n")
     os.replace(partial, folder / INDEX)
     return paths
 
 
-def _members(record: Record) -> dict[str, str | bytes]:
+def tar_members(record: Record) -> dict[str, str | bytes]:
+    """A record as webdataset.TarWriter takes it."""
     assert record.key and "." not in record.key, record.key
     assert record.captions, record.key
     meta = {**record.meta, "captions": list(record.captions)}
@@ -101,6 +102,15 @@ def expand_shards(pattern: str, key: str) -> list[Shard]:
     return found
 
 
+def expand_files(pattern: str, key: str) -> list[Path]:
+    """As expand_shards, of files of this machine alone."""
+    found = expand_shards(pattern, key)
+    remote = [shard for shard in found if not isinstance(shard, Path)]
+    if remote:
+        raise UserError(f"{key}: {remote[0]} is not a file of this machine; copy it here first")
+    return [shard for shard in found if isinstance(shard, Path)]
+
+
 def _is_shard(path: Path) -> bool:
     return path.exists() and not path.is_dir()
 
@@ -128,7 +138,7 @@ def count_samples(
         folder = os.path.dirname(str(shard))
         if folder not in indexes:
             indexes[folder] = (
-                _read_index(Path(folder))
+                read_index(Path(folder))
                 if isinstance(shard, Path)
                 else _read_remote_index(folder, index, fetcher)
             )
@@ -170,7 +180,7 @@ def _read_remote_index(folder: str, name: str | None, fetcher: Fetcher) -> dict[
     return {}
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
     """The folder's index, empty where there is none to use."""
     with contextlib.suppress(OSError, ValueError):
         index = json.loads((folder / INDEX).read_text())

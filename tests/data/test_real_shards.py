@@ -8,7 +8,7 @@ from made_shards import count, data_config, make_loaders, make_run, take
 from elip_ds.data.decode import decode_image
 from elip_ds.data.learn import learn_vocabulary
 from elip_ds.data.record import BadSample
-from elip_ds.data.shards import ShardReader, expand_shards
+from elip_ds.data.shards import ShardReader, expand_files
 from elip_ds.data.vocabulary import SPECIALS
 
 DATA = (Path(__file__).parents[2] / "../shared/data").resolve()
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there"
 
 
 def shards(name: str, split: str) -> list[Path]:
-    return expand_shards(f"{DATA}/{name}/{name}-{split}-*.tar", "data.train")
+    return expand_files(f"{DATA}/{name}/{name}-{split}-*.tar", "data.train")
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -1,4 +1,4 @@
-"""One file per dataset. Each turns its raw files into an iterator of `elip_ds.data.record.Record`.
+"""One file per kind of dataset. Each lists its samples and reads one of them (`elip_ds.data.raw`).
 
 Nothing is imported here, so that one source never pays for the libraries of another.
 """

@@ -129,8 +129,12 @@ class SceneObject:
     shape: str
 
 
-def scenes(split: str, count: int, *, seed: int = 0, image_size: int = 96) -> Iterator[Record]:
+def scenes(
+    split: str, count: int, *, seed: int = 0, image_size: int = 96, start: int = 0
+) -> Iterator[Record]:
     """The first `count` records of a split; a longer run starts with the records of a shorter one.
+
+    start: of these, how many are left out at the beginning.
 
     image_size: side of the square picture in pixels, at least 48.
     At one image_size, record i of train depends on (seed, i) alone.  So does record i of val, but
@@ -140,12 +144,17 @@ def scenes(split: str, count: int, *, seed: int = 0, image_size: int = 96) -> It
     every pair that is clearly beside or above each other; "description", canonical; "licence".
     Raises ValueError for an unknown split or too small an image.
     """
+    check_scenes(split, image_size)
+    return _scenes(split, count, seed, image_size, start)
+
+
+def check_scenes(split: str, image_size: int) -> None:
+    """Raises ValueError for what cannot be drawn."""
     if split not in SPLITS:
         known = ", ".join(SPLITS)
         raise ValueError(f"unknown split {split!r} of the synthetic source; known: {known}")
     if image_size < MIN_IMAGE_SIZE:
         raise ValueError(f"image_size={image_size} is too small; at least {MIN_IMAGE_SIZE}")
-    return _scenes(split, count, seed, image_size)
 
 
 def describe(objects: list[SceneObject], relations: list[Relation]) -> str:
@@ -170,9 +179,10 @@ def _name(o: SceneObject) -> str:
     return f"{o.size} {o.colour} {o.texture} {o.shape}"
 
 
-def _scenes(split: str, count: int, seed: int, image_size: int) -> Iterator[Record]:
+def _scenes(split: str, count: int, seed: int, image_size: int, start: int) -> Iterator[Record]:
     seen: set[str] = set()
-    for index in range(count):
+    # What the first of val are decides which come later, even if they are not wanted.
+    for index in range(0 if split == "val" else start, count):
         rng = random.Random(f"elip_ds synthetic {seed} {split} {index}")
         while True:
             objects = _draw_objects(rng, split)
@@ -184,6 +194,8 @@ def _scenes(split: str, count: int, seed: int, image_size: int) -> Iterator[Reco
                 break
         if split == "val":
             seen.add(description)
+        if index < start:
+            continue
 
         image = _draw_background(rng, image_size)
         for o, mask, box in zip(objects, masks, boxes, strict=True):
