@@ -68,6 +68,32 @@ class BuiltinConfig:
         _require(self.image_size >= 48, f"data.builtin.image_size={self.image_size}: 48 or more")
 
 
+RAND_AUGMENTS = {"albef": 10, "meter": 30}
+"Kinds, and the largest magnitude of each."
+
+
+@dataclass(frozen=True)
+class RandAugmentConfig:
+    kind: str = "albef"
+    "albef, which BLIP has too, after crop and mirror; or meter, its clip_randaug, before them."
+    ops: int = 2
+    "Operations drawn for an image."
+    magnitude: int = 7
+    "How strong they are: 0 to 10 for albef, 0 to 30 for meter."
+
+    def __post_init__(self) -> None:
+        _require(
+            self.kind in RAND_AUGMENTS,
+            f"data.rand_augment.kind={self.kind!r}: choose {' or '.join(RAND_AUGMENTS)}",
+        )
+        _require(self.ops >= 1, f"data.rand_augment.ops={self.ops}: 1 or more")
+        most = RAND_AUGMENTS[self.kind]
+        _require(
+            0 <= self.magnitude <= most,
+            f"data.rand_augment.magnitude={self.magnitude}: 0 to {most} for {self.kind}",
+        )
+
+
 TOKENIZERS = ("albef", "bert", "blip", "roberta", "clip")
 
 
@@ -95,6 +121,15 @@ class DataConfig:
     "How test images get their size: squash, or scale the short side and center_crop (METER, CLIP)."
     flip: bool = True
     "Mirror half of the training images left to right."
+    rand_augment: RandAugmentConfig | None = None
+    "Random changes of colour and place in training, {kind: ..., ops: ..., magnitude: ...}."
+    decode: str = "fast"
+    """Training images: 'fast' decodes a JPEG at a half, quarter or eighth where its crop stays
+    larger than the model's images, and sizes by torch; 'exact' does as the published transforms."""
+    max_pixels: int = 36_000_000
+    "Larger images are skipped before they are decoded: they could fill the memory."
+    min_side: int = 8
+    "Images with a shorter side, in pixels, are skipped: they show nothing."
     shuffle_shards: int = 16
     "Samples are shuffled among this many shards at a time; shards are shuffled every epoch."
     workers: int = 1
@@ -131,6 +166,12 @@ class DataConfig:
             self.resize in ("squash", "center_crop"),
             f"data.resize={self.resize!r}: choose squash or center_crop",
         )
+        _require(
+            self.decode in ("fast", "exact"),
+            f"data.decode={self.decode!r}: choose fast or exact",
+        )
+        _require(self.max_pixels >= 1, f"data.max_pixels={self.max_pixels}: 1 or more")
+        _require(self.min_side >= 1, f"data.min_side={self.min_side}: 1 or more")
         _require(self.shuffle_shards >= 1, f"data.shuffle_shards={self.shuffle_shards}: 1 or more")
         _require(self.workers >= 0, f"data.workers={self.workers}: 0 or more")
         _require(

@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from elip_ds.config.schema import DataConfig
 from elip_ds.data.augment import eval_image, keyed_generator, train_image
 from elip_ds.data.batch import Batch, Skipped, shortest_length, stable_hash
 from elip_ds.data.corpus import Source
-from elip_ds.data.decode import decode_image
+from elip_ds.data.decode import EncodedImage
 from elip_ds.data.order import Place
 from elip_ds.data.record import BadSample
 from elip_ds.data.shards import INDEX, ShardReader
@@ -69,9 +70,11 @@ class PairDataset(Dataset):
 
     def _batch(self, pairs: list[Pair], skipped: list[Skipped]) -> Batch:
         ids = np.stack([pair.ids for pair in pairs])
-        pixels = torch.from_numpy(np.stack([pair.pixels for pair in pairs]))
+        images = np.empty((len(pairs), 3, *self.image_size), dtype=np.uint8)
+        for i, pair in enumerate(pairs):
+            images[i] = pair.pixels.transpose(2, 0, 1)
         batch = Batch(
-            images=pixels.permute(0, 3, 1, 2).contiguous(),
+            images=torch.from_numpy(images),
             input_ids=torch.from_numpy(ids),
             attention_mask=torch.from_numpy(self.tokenizer.attention_mask(ids)),
             sample_key=torch.tensor([pair.sample_key for pair in pairs], dtype=torch.int64),
@@ -122,19 +125,15 @@ class PairDataset(Dataset):
         record = reader.read(at)
         key = f"{place.source}/{record.key}"
         sample_key = stable_hash(key)
-        image = decode_image(record.image)
+        image = EncodedImage(
+            record.image, max_pixels=self.config.max_pixels, min_side=self.config.min_side
+        )
         caption = record.captions[0]
         if self.augment:
             rng = keyed_generator(self.seed, 3, place.epoch, sample_key)
             caption = record.captions[int(rng.integers(len(record.captions)))]
-            pixels = train_image(
-                image,
-                self.image_size,
-                rng,
-                scale=self.config.crop_scale,
-                flip=self.config.flip,
-                resize=self.config.resize,
-            )
+            pixels = train_image(image, self.image_size, rng, self.config)
         else:
-            pixels = eval_image(image, self.image_size, self.config.resize)
+            whole = Image.fromarray(image.pixels())
+            pixels = eval_image(whole, self.image_size, self.config.resize)
         return Pair(pixels, self.tokenizer(caption), sample_key, key)
