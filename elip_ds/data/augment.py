@@ -56,7 +56,7 @@ def train_image(
         pixels = rand_augment(pixels, rng, **vars(changes))
     pixels = _middle(sized(pixels, box, scaled, fast=fast), size)
     if config.flip and rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
+        pixels = torch.from_numpy(pixels).flip(1).numpy()  # numpy mirrors byte by byte
     if changes is not None and not before:
         pixels = rand_augment(pixels, rng, **vars(changes))
     return pixels
@@ -81,7 +81,8 @@ def sized(pixels: np.ndarray, box: Box, size: tuple[int, int], *, fast: bool) ->
     cut = np.ascontiguousarray(pixels[top:bottom, left:right])  # a view takes torch longer
     if not fast:
         return np.array(Image.fromarray(cut).resize(size[::-1], Image.Resampling.BICUBIC))
-    channels = torch.from_numpy(cut).permute(2, 0, 1)[None]
+    # As a batch of one in this order of memory; torch then works, and answers, in the same.
+    channels = torch.from_numpy(cut)[None].permute(0, 3, 1, 2)
     resized = functional.interpolate(channels, size=size, mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 

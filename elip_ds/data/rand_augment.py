@@ -181,12 +181,15 @@ def rand_augment(
     pixels: np.ndarray, rng: np.random.Generator, *, kind: str, ops: int, magnitude: float
 ) -> np.ndarray:
     """(H, W, 3) uint8 -> the same shape, by so many operations drawn from a kind's."""
-    image = Image.fromarray(pixels)
     choices, most, probability = KINDS[kind]
-    for choice in rng.integers(len(choices), size=ops):
-        applied, negative = rng.random(2) < (probability, 0.5)
-        if applied:
-            operation, low, high, signed = choices[choice]
-            strength = low + (high - low) * magnitude / most
-            image = operation(image, -strength if signed and negative else strength)
+    drawn = [choices[i] for i in rng.integers(len(choices), size=ops)]
+    chance, sign = rng.random((2, ops))
+    applied, negative = chance < probability, sign < 0.5
+    if not applied.any():
+        return pixels
+    image = Image.fromarray(pixels)
+    for i in np.flatnonzero(applied):
+        operation, low, high, signed = drawn[i]
+        strength = low + (high - low) * magnitude / most
+        image = operation(image, -strength if signed and negative[i] else strength)
     return np.array(image)
