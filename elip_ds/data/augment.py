@@ -50,8 +50,10 @@ def train_image(
         box, scaled = random_box(image.width, image.height, rng, config.crop_scale), size
     else:
         box, scaled = frame(image.width, image.height, size, config.resize)
-    pixels = image.pixels(shrink_for(box, scaled) if fast and not before else 1)
-    box = _on(box, pixels.shape[1] / image.width, pixels.shape[0] / image.height)
+    shrink = shrink_for(box, scaled) if fast and not before else 1
+    pixels = image.pixels(shrink)
+    if pixels.shape[1] < image.width:  # else it came whole
+        box = shrunk(box, shrink)
     if changes is not None and before:
         pixels = rand_augment(pixels, rng, **vars(changes))
     pixels = _middle(sized(pixels, box, scaled, fast=fast), size)
@@ -75,7 +77,8 @@ def eval_image(image: Image.Image, size: tuple[int, int], resize: str = "squash"
 def sized(pixels: np.ndarray, box: Box, size: tuple[int, int], *, fast: bool) -> np.ndarray:
     """The box of (H, W, 3) uint8, bicubic with antialiasing, nothing outside the box having a part.
 
-    size: height, width.  fast: by torch, within two levels of Pillow.
+    size: height, width.  fast: by torch, within two levels of Pillow, or more where black and white
+    lie side by side: between the two directions both clip what overshoots.
     """
     left, top, right, bottom = box
     cut = np.ascontiguousarray(pixels[top:bottom, left:right])  # a view takes torch longer
@@ -94,11 +97,9 @@ def shrink_for(box: Box, size: tuple[int, int]) -> int:
     return max(shrink for shrink in SHRINKS if shrink <= max(enough, 1))
 
 
-def _on(box: Box, across: float, down: float) -> Box:
-    """The box on an image of so many times the width and height."""
-    left, top, right, bottom = box
-    edges = (left * across, top * down, right * across, bottom * down)
-    left, top, right, bottom = (int(edge + 0.5) for edge in edges)
+def shrunk(box: Box, shrink: int) -> Box:
+    """The box on an image of sides divided by shrink, its edges at most half a pixel away there."""
+    left, top, right, bottom = (int(edge / shrink + 0.5) for edge in box)
     return left, top, right, bottom
 
 

@@ -50,8 +50,9 @@ class EncodedImage:
     def pixels(self, shrink: int = 1) -> np.ndarray:
         """(H, W, 3) uint8, upright, transparency put on white.
 
-        shrink: one of SHRINKS, which a JPEG's sides are divided by, rounded up; what is no JPEG
-        comes whole. Raises BadSample for damage, and for a JPEG that stops early.
+        shrink: one of SHRINKS, which a JPEG's sides are divided by, rounded up. What is no JPEG
+        comes whole, and so does a turned one whose sides it does not divide: the rounding would lie
+        on the wrong side. Raises BadSample for damage, and for a JPEG that stops early.
         """
         assert shrink in SHRINKS, shrink
         with _bad_sample(self._data):
@@ -64,7 +65,8 @@ class EncodedImage:
 
     def _decode_jpeg(self, shrink: int) -> np.ndarray:
         """As it lies. Raises ValueError for whatever libjpeg warns of."""
-        if shrink == 1:
+        turned = self._orientation > 1
+        if shrink == 1 or (turned and (self.width % shrink or self.height % shrink)):
             return simplejpeg.decode_jpeg(self._data)
         sides = (-(-self.width // shrink), -(-self.height // shrink))
         width, height = sides[::-1] if self._orientation >= 5 else sides
