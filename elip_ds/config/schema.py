@@ -48,6 +48,8 @@ class ShardSource:
     "Tar shards: a path, a glob, a brace pattern, or 'builtin' for the project's own scenes."
     weight: float = 1.0
     "How often an epoch visits each sample: 2 is twice, 0.5 every other epoch."
+    caption: str = "random"
+    "Which of an image's captions is trained on: a random one each time, or the first."
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ TOKENIZERS = ("albef", "bert", "blip", "roberta", "clip")
 @dataclass(frozen=True)
 class DataConfig:
     train: list[ShardSource] = field(default_factory=lambda: [ShardSource("builtin")])
-    "Training shards: one pattern, or a list of {shards, weight}."
+    "Training shards: one pattern, or a list of {shards, weight, caption}."
     val: list[ShardSource] = field(default_factory=lambda: [ShardSource("builtin")])
     "Held-out shards, same forms."
     builtin: BuiltinConfig = field(default_factory=BuiltinConfig)
@@ -144,6 +146,10 @@ class DataConfig:
                 _require(bool(source.shards), f"{key}.shards is empty: name shards, or builtin")
                 _require(
                     0 < source.weight <= 1000, f"{key}.weight={source.weight}: above 0, to 1000"
+                )
+                _require(
+                    source.caption in ("random", "first"),
+                    f"{key}.caption={source.caption!r}: choose random or first",
                 )
         _require(bool(self.root), "data.root is empty: name a folder, '.' for this one")
         _require(

@@ -18,12 +18,15 @@ from elip_ds.run import TOKENIZER, Run
 
 @dataclass(frozen=True)
 class Source:
-    """name: as the config has it.  shards, counts: tar files and the samples in each."""
+    """name: as the config has it.  shards, counts: tar files and the samples in each.
+    weight, caption: of its ShardSource.
+    """
 
     name: str
     shards: tuple[Path, ...]
     counts: tuple[int, ...]
     weight: float = 1.0
+    caption: str = "random"
 
     @property
     def size(self) -> SourceSize:
@@ -42,7 +45,7 @@ def open_sources(config: DataConfig, run: Run) -> dict[str, list[Source]]:
             is_builtin = entry.shards == "builtin"
             shards = builtin[split] if is_builtin else expand_shards(entry.shards, key)
             counts = count_samples(shards, key)
-            source = Source(entry.shards, tuple(shards), tuple(counts), entry.weight)
+            source = Source(entry.shards, tuple(shards), tuple(counts), entry.weight, entry.caption)
             splits[split].append(source)
     return splits
 

@@ -131,7 +131,8 @@ class PairDataset(Dataset):
         caption = record.captions[0]
         if self.augment:
             rng = keyed_generator(self.seed, 3, place.epoch, sample_key)
-            caption = record.captions[int(rng.integers(len(record.captions)))]
+            if self.sources[place.source].caption == "random":
+                caption = record.captions[int(rng.integers(len(record.captions)))]
             pixels = train_image(image, self.image_size, rng, self.config)
         else:
             whole = Image.fromarray(image.pixels())

@@ -47,6 +47,10 @@ def test_random_changes_are_those_of_the_published_recipes() -> None:
             "data.tokenizer='xlnet': choose one of albef, bert, blip, roberta, clip",
         ),
         ("data.vocabulary=''", "data.vocabulary is empty: 'auto', a file or a published name"),
+        (
+            "data.train=[{shards: a.tar, caption: last}]",
+            "data.train[0].caption='last': choose random or first",
+        ),
         ("data.decode=slow", "data.decode='slow': choose fast or exact"),
         ("data.max_pixels=0", "data.max_pixels=0: 1 or more"),
         ("data.min_side=0", "data.min_side=0: 1 or more"),
