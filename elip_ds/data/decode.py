@@ -36,16 +36,17 @@ class EncodedImage:
         self._data = data
         with _bad_sample(data):
             size = _jpeg_size(data)
-            self._image = None if size else _open(data)  # no pixels yet
+            self._image = None if size else _open(data)
             width, height = size or self._image.size  # type: ignore[union-attr]
+            if width * height > max_pixels:
+                raise BadSample(f"more than {max_pixels} pixels")
+            if min(width, height) < min_side:
+                raise BadSample(f"a side of less than {min_side} pixels")
+            # Only now: a PNG is decoded, which may have its tags behind its pixels.
             tagged = self._image or (_open(data) if b"Exif\0\0" in data[:EXIF_REACH] else None)
             self._orientation = _orientation(tagged) if tagged else 1
         lies = self._orientation >= 5
         self.width, self.height = (height, width) if lies else (width, height)
-        if width * height > max_pixels:
-            raise BadSample(f"more than {max_pixels} pixels")
-        if min(width, height) < min_side:
-            raise BadSample(f"a side of less than {min_side} pixels")
 
     def pixels(self, shrink: int = 1) -> np.ndarray:
         """(H, W, 3) uint8, upright, transparency put on white.

@@ -6,6 +6,7 @@ modules, by the project's model specification.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def posterize(image: Image.Image, bits: float) -> Image.Image:
 
 
 def solarize(image: Image.Image, threshold: float) -> Image.Image:
-    return ImageOps.solarize(image, threshold)
+    return ImageOps.solarize(image, math.ceil(threshold))
 
 
 def solarize_add(image: Image.Image, addition: float) -> Image.Image:
