@@ -10,7 +10,9 @@ image files, as ALBEF's code has it, which are written to a temporary folder. Al
 the same transforms and tokenizer, and take turns: some batches of each, then again. A core's
 samples a second are by the worker's CPU time, which other work on the machine changes less than the
 clock. The peers hand over normalised floats; ours bytes, which are normalised on the device: what
-that would cost on the CPU is named beside. Stages are timed in this process, one after the other.
+that would cost on the CPU is named beside. A worker's peak memory has in it what it shares with
+this process, torch above all; its own is the rest at the end of a turn. Stages run in this process,
+by its CPU time.
 """
 
 import argparse
@@ -71,11 +73,11 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(config, args, Path(folder))
         report = describe(config, args, argv, bench)
-        report["stages"] = bench.stages()
         turns: dict[str, list[dict[str, float]]] = {name: [] for name in bench.loaders}
         for _ in range(args.pairs):
             for name, open_loader in bench.loaders.items():
                 turns[name].append(time_turn(open_loader, args.batches, args.batch))
+        report["stages"] = bench.stages()  # last: workers are born with the memory of this process
     report["pipelines"] = summarise(turns, report["stages"]["transfer"])
     report["cores"] = cores(report, args.images_per_second)
     if args.json:
@@ -188,22 +190,22 @@ class TimedImage(EncodedImage):
     """seconds: spent on header and pixels so far."""
 
     def __init__(self, data: bytes, **limits: int) -> None:
-        started = time.perf_counter()
+        started = time.process_time()
         super().__init__(data, **limits)
-        self.seconds = time.perf_counter() - started
+        self.seconds = time.process_time() - started
 
     def pixels(self, shrink: int = 1) -> np.ndarray:
-        started = time.perf_counter()
+        started = time.process_time()
         pixels = super().pixels(shrink)
-        self.seconds += time.perf_counter() - started
+        self.seconds += time.process_time() - started
         return pixels
 
 
 @contextlib.contextmanager
 def _lap(spent: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.perf_counter()
+    started = time.process_time()
     yield
-    spent[stage] += time.perf_counter() - started
+    spent[stage] += time.process_time() - started
 
 
 def time_turn(open_loader: Callable[[], Any], batches: int, batch_size: int) -> dict[str, float]:
@@ -228,7 +230,10 @@ def time_turn(open_loader: Callable[[], Any], batches: int, batch_size: int) -> 
         "per_second": samples / (time.perf_counter() - started),
         "per_core_second": samples / (_cpu_seconds(worker.pid) - busy),
         "peak_bytes": _kilobytes(worker.pid, "status", "VmHWM") * 1024,
-        "pss_bytes": _kilobytes(worker.pid, "smaps_rollup", "Pss") * 1024,
+        "own_bytes": 1024
+        * sum(
+            _kilobytes(worker.pid, "smaps_rollup", f"Private_{kind}") for kind in ("Dirty", "Clean")
+        ),
     }
     del iterator, loader
     gc.collect()  # ends the worker
@@ -258,7 +263,7 @@ def summarise(turns: dict[str, list[dict[str, float]]], normalising: float) -> d
             "per_second": statistics.median(turn["per_second"] for turn in taken),
             "per_core_second": statistics.median(turn["per_core_second"] for turn in taken),
             "peak_bytes": max(turn["peak_bytes"] for turn in taken),
-            "pss_bytes": max(turn["pss_bytes"] for turn in taken),
+            "own_bytes": max(turn["own_bytes"] for turn in taken),
             "turns": taken,
         }
         for rate in ("per_second", "per_core_second"):
@@ -337,7 +342,7 @@ def pipeline_table(report: dict[str, Any]) -> Table:
         "ours, by the clock",
         "ours, by CPU time",
         "peak MB",
-        "PSS MB",
+        "own MB",
         "cores",
     ):
         table.add_column(column, justify="right")
@@ -348,7 +353,7 @@ def pipeline_table(report: dict[str, Any]) -> Table:
             f"{entry['per_core_second']:.0f}",
             *(_times(entry[f"ours_{rate}"]) for rate in ("per_second", "per_core_second")),
             f"{entry['peak_bytes'] / 1e6:.0f}",
-            f"{entry['pss_bytes'] / 1e6:.0f}",
+            f"{entry['own_bytes'] / 1e6:.0f}",
             f"{report['cores'][name]:.2f}",
         )
     return table

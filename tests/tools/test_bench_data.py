@@ -26,7 +26,7 @@ def turn(per_second: float, per_core_second: float, peak_bytes: int = 10) -> dic
         "per_second": per_second,
         "per_core_second": per_core_second,
         "peak_bytes": peak_bytes,
-        "pss_bytes": peak_bytes // 2,
+        "own_bytes": peak_bytes // 2,
     }
 
 
@@ -45,7 +45,7 @@ def test_ratios_are_of_the_same_turn() -> None:
         # 5 ms more make 66.7, 9.52 and 66.7 of 100, 10 and 100
         "normalised_median": pytest.approx(1 / (1 / 100 + 0.005) / 40),
     }
-    assert (summary["ours"]["peak_bytes"], other["pss_bytes"]) == (30, 5)
+    assert (summary["ours"]["peak_bytes"], other["own_bytes"]) == (30, 5)
     report = {"pipelines": summary}
     assert bench_data.cores(report, 500) == {"images_per_second": 500, "ours": 2.5, "other": 10}
 
@@ -78,6 +78,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert set(report["pipelines"]) == {"ours", "webdataset", "json and PIL"}
     for name, entry in report["pipelines"].items():
         assert len(entry["turns"]) == 2 and entry["per_second"] > 0
-        assert 0 < entry["pss_bytes"] <= entry["peak_bytes"]
+        assert 0 < entry["own_bytes"] <= entry["peak_bytes"]
         assert report["cores"][name] == 1000 / entry["per_core_second"]
     assert "A GPU that takes 1000 images/s" in capsys.readouterr().out
