@@ -128,7 +128,7 @@ class DataConfig:
     decode: str = "fast"
     """Training images: 'fast' decodes a JPEG at a half, quarter or eighth where its crop stays
     larger than the model's images, and sizes by torch; 'exact' does as the published transforms."""
-    max_pixels: int = 36_000_000
+    max_pixels: int = 24_000_000
     "Larger images are skipped before they are decoded: they could fill the memory."
     min_side: int = 8
     "Images with a shorter side, in pixels, are skipped: they show nothing."
