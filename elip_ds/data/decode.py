@@ -15,11 +15,9 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from elip_ds.config.schema import DataConfig
 from elip_ds.data.record import BadSample
 
-MAX_PIXELS = 24_000_000
-"""Of an image: 6000 x 4000. Until it is sized, one takes up to 10 bytes a pixel as a JPEG, 14 as a
-PNG and 22 as a WebP."""
 SHRINKS = (1, 2, 4, 8)
 "What a JPEG's sides can be divided by as it is decoded."
 EXIF_REACH = 2**17
@@ -32,7 +30,9 @@ class EncodedImage:
     width, height: of the upright image, in pixels.
     """
 
-    def __init__(self, data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int = 1) -> None:
+    def __init__(
+        self, data: bytes, *, max_pixels: int = DataConfig.max_pixels, min_side: int = 1
+    ) -> None:
         """Raises BadSample for bytes that are no image, and for too many pixels or too few."""
         self._data = data
         with _bad_sample(data):
