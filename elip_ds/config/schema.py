@@ -129,8 +129,8 @@ class DataConfig:
     """Training images: 'fast' decodes a JPEG at a half, quarter or eighth where its crop stays
     larger than the model's images, and sizes by torch; 'exact' does as the published transforms."""
     max_pixels: int = 24_000_000
-    """Larger images are skipped before they are decoded; 6000 x 4000. Until it is sized, one takes up
-    to 10 bytes a pixel as a JPEG, 14 as a PNG and 22 as a WebP."""
+    """Larger images are skipped before they are decoded; 6000 x 4000. Until it is sized, one takes
+    up to 10 bytes a pixel as a JPEG, 14 as a PNG and 22 as a WebP."""
     min_side: int = 8
     "Images with a shorter side, in pixels, are skipped: they show nothing."
     shuffle_shards: int = 16
