@@ -51,6 +51,8 @@ class ShardSource:
     "How often an epoch visits each sample: 2 is twice, 0.5 every other epoch."
     index: str | None = None
     "Of remote shards, where it is not index.json beside them: its name, which may be a pipe:, too."
+    caption: str = "random"
+    "Which of an image's captions is trained on: a random one each time, or the first."
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,32 @@ class BuiltinConfig:
         _require(self.image_size >= 48, f"data.builtin.image_size={self.image_size}: 48 or more")
 
 
+RAND_AUGMENTS = {"albef": 10, "meter": 30}
+"Kinds, and the largest magnitude of each."
+
+
+@dataclass(frozen=True)
+class RandAugmentConfig:
+    kind: str = "albef"
+    "albef, which BLIP has too, after crop and mirror; or meter, its clip_randaug, before them."
+    ops: int = 2
+    "Operations drawn for an image."
+    magnitude: int = 7
+    "How strong they are: 0 to 10 for albef, 0 to 30 for meter."
+
+    def __post_init__(self) -> None:
+        _require(
+            self.kind in RAND_AUGMENTS,
+            f"data.rand_augment.kind={self.kind!r}: choose {' or '.join(RAND_AUGMENTS)}",
+        )
+        _require(self.ops >= 1, f"data.rand_augment.ops={self.ops}: 1 or more")
+        most = RAND_AUGMENTS[self.kind]
+        _require(
+            0 <= self.magnitude <= most,
+            f"data.rand_augment.magnitude={self.magnitude}: 0 to {most} for {self.kind}",
+        )
+
+
 TOKENIZERS = ("albef", "bert", "blip", "roberta", "clip")
 
 
@@ -89,7 +117,7 @@ class CacheConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: list[ShardSource] = field(default_factory=lambda: [ShardSource("builtin")])
-    "Training shards: one pattern, or a list of {shards, weight}."
+    "Training shards: one pattern, or a list of {shards, weight, caption}."
     val: list[ShardSource] = field(default_factory=lambda: [ShardSource("builtin")])
     "Held-out shards, same forms."
     builtin: BuiltinConfig = field(default_factory=BuiltinConfig)
@@ -110,6 +138,16 @@ class DataConfig:
     "How test images get their size: squash, or scale the short side and center_crop (METER, CLIP)."
     flip: bool = True
     "Mirror half of the training images left to right."
+    rand_augment: RandAugmentConfig | None = None
+    "Random changes of colour and place in training, {kind: ..., ops: ..., magnitude: ...}."
+    decode: str = "fast"
+    """Training images: 'fast' decodes a JPEG at a half, quarter or eighth where its crop stays
+    larger than the model's images, and sizes by torch; 'exact' does as the published transforms."""
+    max_pixels: int = 24_000_000
+    """Larger images are skipped before they are decoded; 6000 x 4000. Until it is sized, one takes
+    up to 10 bytes a pixel as a JPEG, 14 as a PNG and 22 as a WebP."""
+    min_side: int = 8
+    "Images with a shorter side, in pixels, are skipped: they show nothing."
     shuffle_shards: int = 16
     "Samples are shuffled among this many shards at a time; shards are shuffled every epoch."
     workers: int = 1
@@ -129,6 +167,10 @@ class DataConfig:
                 _require(bool(source.shards), f"{key}.shards is empty: name shards, or builtin")
                 _require(
                     0 < source.weight <= 1000, f"{key}.weight={source.weight}: above 0, to 1000"
+                )
+                _require(
+                    source.caption in ("random", "first"),
+                    f"{key}.caption={source.caption!r}: choose random or first",
                 )
         _require(bool(self.root), "data.root is empty: name a folder, '.' for this one")
         _require(
@@ -151,6 +193,12 @@ class DataConfig:
             self.resize in ("squash", "center_crop"),
             f"data.resize={self.resize!r}: choose squash or center_crop",
         )
+        _require(
+            self.decode in ("fast", "exact"),
+            f"data.decode={self.decode!r}: choose fast or exact",
+        )
+        _require(self.max_pixels >= 1, f"data.max_pixels={self.max_pixels}: 1 or more")
+        _require(self.min_side >= 1, f"data.min_side={self.min_side}: 1 or more")
         _require(self.shuffle_shards >= 1, f"data.shuffle_shards={self.shuffle_shards}: 1 or more")
         _require(self.workers >= 0, f"data.workers={self.workers}: 0 or more")
         _require(

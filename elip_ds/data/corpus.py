@@ -21,12 +21,15 @@ from elip_ds.run import TOKENIZER, Run
 
 @dataclass(frozen=True)
 class Source:
-    """name: as the config has it.  shards, counts: tar files and the samples in each."""
+    """name: as the config has it.  shards, counts: tar files and the samples in each.
+    weight, caption: of its ShardSource.
+    """
 
     name: str
     shards: tuple[Shard, ...]
     counts: tuple[int, ...]
     weight: float = 1.0
+    caption: str = "random"
 
     @property
     def size(self) -> SourceSize:
@@ -65,7 +68,8 @@ def open_sources(config: DataConfig, run: Run) -> dict[str, list[Source]]:
             if run.first:
                 for shard in counted.cut:
                     run.note_skipped(str(shard), "", "it ends too early; what is left is used")
-            source = Source(entry.shards, tuple(shards), tuple(counted.samples), entry.weight)
+            counts = tuple(counted.samples)
+            source = Source(entry.shards, tuple(shards), counts, entry.weight, entry.caption)
             splits[split].append(source)
     return splits
 

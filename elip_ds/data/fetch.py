@@ -141,7 +141,7 @@ class Fetcher:
         copies = []
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process makes room, too
-                if not path.name.startswith("."):
+                if path.is_file() and not path.name.startswith("."):
                     copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         copies.sort()
         total, went = sum(size for _, size, _ in copies), False

@@ -4,17 +4,20 @@ A sample that cannot be used is replaced by the next one of its source, and name
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from elip_ds.config.schema import DataConfig
 from elip_ds.data.augment import eval_image, keyed_generator, train_image
 from elip_ds.data.batch import Batch, Skipped, shortest_length, stable_hash
 from elip_ds.data.corpus import Source, build_fetcher
-from elip_ds.data.decode import decode_image
+from elip_ds.data.decode import EncodedImage
+from elip_ds.data.headers import scan_once
 from elip_ds.data.order import Place
 from elip_ds.data.patience import Patience
 from elip_ds.data.record import BadSample, BadShard, Record
@@ -60,6 +63,7 @@ class PairDataset(Dataset):
         self._readers: dict[Shard, ShardReader | BadShard] = {}
         self._patience = Patience(config.time_limit_seconds)
         self._fetcher = build_fetcher(config)
+        self._scan = partial(scan_once, folder=self._fetcher.folder / "headers")
 
     def __getitem__(self, places: Sequence[Place]) -> Batch | UserError:
         """A UserError is returned: raised in a worker process it would arrive as a traceback."""
@@ -71,9 +75,11 @@ class PairDataset(Dataset):
 
     def _batch(self, pairs: list[Pair], skipped: list[Skipped]) -> Batch:
         ids = np.stack([pair.ids for pair in pairs])
-        pixels = torch.from_numpy(np.stack([pair.pixels for pair in pairs]))
+        images = np.empty((len(pairs), 3, *self.image_size), dtype=np.uint8)
+        for i, pair in enumerate(pairs):
+            images[i] = pair.pixels.transpose(2, 0, 1)
         batch = Batch(
-            images=pixels.permute(0, 3, 1, 2).contiguous(),
+            images=torch.from_numpy(images),
             input_ids=torch.from_numpy(ids),
             attention_mask=torch.from_numpy(self.tokenizer.attention_mask(ids)),
             sample_key=torch.tensor([pair.sample_key for pair in pairs], dtype=torch.int64),
@@ -140,7 +146,8 @@ class PairDataset(Dataset):
     def _open(self, shard: Shard) -> ShardReader | BadShard:
         try:
             # A copy has limits of its own, byte by byte.
-            return self._patience(ShardReader, self._fetcher.local(shard))
+            path = self._fetcher.local(shard)
+            return self._patience(ShardReader, path, self._scan)
         except BadShard as error:
             return error
         except TimeoutError as error:
@@ -153,19 +160,16 @@ class PairDataset(Dataset):
     def _pair(self, record: Record, place: Place) -> Pair:
         key = f"{place.source}/{record.key}"
         sample_key = stable_hash(key)
-        image = decode_image(record.image)
+        image = EncodedImage(
+            record.image, max_pixels=self.config.max_pixels, min_side=self.config.min_side
+        )
         caption = record.captions[0]
         if self.augment:
             rng = keyed_generator(self.seed, 3, place.epoch, sample_key)
-            caption = record.captions[int(rng.integers(len(record.captions)))]
-            pixels = train_image(
-                image,
-                self.image_size,
-                rng,
-                scale=self.config.crop_scale,
-                flip=self.config.flip,
-                resize=self.config.resize,
-            )
+            if self.sources[place.source].caption == "random":
+                caption = record.captions[int(rng.integers(len(record.captions)))]
+            pixels = train_image(image, self.image_size, rng, self.config)
         else:
-            pixels = eval_image(image, self.image_size, self.config.resize)
+            whole = Image.fromarray(image.pixels())
+            pixels = eval_image(whole, self.image_size, self.config.resize)
         return Pair(pixels, self.tokenizer(caption), sample_key, key)

@@ -125,7 +125,7 @@ def read_bytes(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise BadSample("no such file") from None
+        raise BadSample("no such file", "missing") from None
     except (OSError, ValueError) as error:  # a NUL in a path
         raise BadSample(f"cannot be read: {getattr(error, 'strerror', error)}") from None
 

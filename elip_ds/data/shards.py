@@ -11,7 +11,7 @@ import glob
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -239,12 +239,12 @@ def scan_shard(path: Path) -> Scan:
 
 
 class ShardReader:
-    """Reads single samples of one shard, whose headers are scanned at once."""
+    """Reads single samples of one shard."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, scan: Callable[[Path], Scan] = scan_shard) -> None:
         """Raises BadShard as scan_shard does."""
         self.path, self._file = path, -1
-        self._entries, self.whole = scan_shard(path)
+        self._entries, self.whole = scan(path)
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:

@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 class StepRecord:
     """What one optimizer step was. losses, logs: means over this rank's micro-batches, on the
     device. seconds: by phase, host time.  applied: False when fp16 overflow skipped the update.
-    kept_tokens: sequence length after each pruning stage.  bad_samples: skipped on this rank so
-    far, by source and kind (see data/record.py).
+    kept_tokens: sequence length after each pruning stage.  bad_samples: left out on this rank
+    since its start, by source and kind (see data/record.py).
     """
 
     step: int
@@ -73,6 +73,7 @@ class Engine:
         """ds_tree: as read_ds_config gave it.  task: on the CPU, in fp32, equal on all ranks."""
         self.config, self.plan, self.run, self.task = config, plan, run, task
         self.step, self.samples_seen = 0, 0
+        self._bad: Counter[tuple[str, str]] = Counter()
         self.folder = run.dir / "ckpt"
         self.on_lap: Callable[[str], None] = lambda part: None
         "Told each part of a step, as StepRecord.seconds names them, that has just ended."
@@ -170,6 +171,8 @@ class Engine:
         for micro_step in range(steps):
             batch = next(batches)
             clock.lap("data")
+            # Not when the loader has them: it reads ahead.
+            self._bad.update((skipped.source, skipped.kind) for skipped in batch.skipped)
             loss = self._engine(batch, progress.at(micro_step, steps))
             clock.lap("forward")
             self._engine.backward(loss.total)
@@ -203,7 +206,7 @@ class Engine:
             kept_tokens=loss.kept_tokens,
             global_batch_size=self.plan.global_batch_size,
             applied=applied,
-            bad_samples=loader.bad.copy(),
+            bad_samples=self._bad.copy(),
         )
 
     def _follow_schedule(self, progress: Progress, loader: TrainLoader) -> None:

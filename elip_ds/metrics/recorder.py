@@ -192,6 +192,7 @@ class Recorder:
             "memory_used_bytes": memory[0],
             "memory_peak_bytes": memory[1],
             "bad_samples": bad.total(),
+            "skipped": _by_source(bad),
             "time": time.time(),
         }
         self._write(line)
@@ -263,6 +264,14 @@ def _mean_over_ranks(sums: list[Tensor], steps: int) -> list[float]:
 def _sum_over_ranks(counts: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
     """Of all ranks; every rank calls it."""
     return sum(dist.gather_objects(counts), Counter())
+
+
+def _by_source(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """source -> reason -> count."""
+    nested: dict[str, dict[str, int]] = {}
+    for (source, reason), count in sorted(counts.items()):
+        nested.setdefault(source, {})[reason] = count
+    return nested
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

@@ -161,6 +161,7 @@ def test_training_images_without_a_crop_are_held_out_ones(
     config: DataConfig, run: Run, resize: str
 ) -> None:
     config = replace(config, val=config.train, resize=resize, crop_scale=None, flip=False)
+    config = replace(config, decode="exact")  # held-out ones always are
     loader, held_out = make_loaders(config, run, micro=COUNT, eval_batch=COUNT)
     shown, plain = next(loader), next(iter(held_out))
     for i, key in enumerate(plain.keys):

@@ -1,0 +1,195 @@
+"""Remote shards: copied whole, once, within a limit; what fails is tried again and then named."""
+
+import http.server
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_shards import data_config, make_run, record, same, take
+from made_shards import make_loaders as loaders
+
+from elip_ds.config.schema import CacheConfig
+from elip_ds.data import fetch, open_sources
+from elip_ds.data.fetch import Fetcher
+from elip_ds.data.patience import Patience
+from elip_ds.data.record import BadShard
+from elip_ds.data.shards import INDEX, write_shards
+from elip_ds.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "FIRST_PAUSE_SECONDS", 0.001)
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    """A folder that only remote names reach."""
+    folder = tmp_path / "there"
+    write_shards(map(record, range(12)), folder, "x", per_shard=4)
+    return folder
+
+
+def fetcher(tmp_path: Path, *, gib: float = 1.0, seconds: float = 20, retries: int = 2) -> Fetcher:
+    config = CacheConfig(dir=str(tmp_path / "here"), limit_gib=gib)
+    return Fetcher(config, Patience(seconds), retries)
+
+
+def copies(tmp_path: Path) -> list[str]:
+    return sorted(p.name.partition("-")[2] for p in (tmp_path / "here").glob("[!.]*"))
+
+
+@pytest.mark.parametrize("form", ["file://{}", "pipe:cat {}"])
+def test_a_remote_file_is_copied_once(tmp_path: Path, there: Path, form: str) -> None:
+    path, copy = there / "x-000000.tar", fetcher(tmp_path)
+    found = copy.fetch(form.format(path))
+    assert found.read_bytes() == path.read_bytes()
+    path.unlink()
+    assert copy.fetch(form.format(path)) == found
+
+
+def test_files_of_one_name_in_two_places_stay_apart(tmp_path: Path) -> None:
+    copy = fetcher(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.tar").write_text(folder)
+    found = [copy.fetch(f"file://{tmp_path}/{folder}/0.tar") for folder in ("a", "b")]
+    assert [path.read_text() for path in found] == ["a", "b"]
+
+
+def test_a_local_file_is_read_where_it_is(tmp_path: Path, there: Path) -> None:
+    assert fetcher(tmp_path).local(there / "x-000000.tar") == there / "x-000000.tar"
+    assert not (tmp_path / "here").exists()
+
+
+def test_the_least_recently_used_copies_make_room(tmp_path: Path) -> None:
+    copy = fetcher(tmp_path, gib=2500 / 2**30)
+    names = []
+    for i in range(3):
+        (tmp_path / f"{i}.tar").write_bytes(bytes(1000))
+        names.append(f"file://{tmp_path}/{i}.tar")
+    copy.fetch(names[0])
+    copy.fetch(names[1])
+    copy.fetch(names[0])
+    copy.fetch(names[2])  # 1 was used longest ago
+    assert copies(tmp_path) == ["0.tar", "2.tar"]
+
+
+def test_a_failure_is_tried_again(tmp_path: Path) -> None:
+    script = tmp_path / "flaky.sh"
+    script.write_text(f"echo >> {tmp_path}/tries; [ $(wc -l < {tmp_path}/tries) = 3 ] && echo ok")
+    assert fetcher(tmp_path).fetch(f"pipe:sh {script}").read_text() == "ok\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("file:///no/such.tar", "missing", "No such file or directory (3 tries)"),
+        ("pipe:echo oh dear >&2; exit 3", "unreadable",
+         "the command left with status 3: oh dear (3 tries)"),
+        ("pipe:echo all of it; exit 4", "unreadable", "the command left with status 4 (3 tries)"),
+        ("nosuch://bucket/x.tar", "unreadable", "Protocol not known: nosuch (3 tries)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_had_is_named(tmp_path: Path, name: str, kind: str, reason: str) -> None:
+    with pytest.raises(BadShard) as caught:
+        fetcher(tmp_path).fetch(name)
+    assert (caught.value.kind, str(caught.value)) == (kind, reason)
+    assert copies(tmp_path) == []
+
+
+def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(BadShard) as caught:
+        fetcher(tmp_path, seconds=0.2, retries=1).fetch("pipe:echo a; sleep 1000; echo b")
+    assert caught.value.kind == "slow" and time.monotonic() - start < 20
+    assert "sleep 1000" not in os.popen("ps -eo args").read().splitlines()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "here").write_text("a file")
+    with pytest.raises(UserError, match=rf"^data.cache.dir={tmp_path}/here: .*; name another"):
+        fetcher(tmp_path).fetch("pipe:echo")
+
+
+def _fetch(copy: Fetcher, name: str) -> None:
+    copy.fetch(name)
+
+
+def test_processes_that_want_the_same_file_copy_it_once(tmp_path: Path) -> None:
+    script = tmp_path / "slow.sh"
+    script.write_text(f"echo >> {tmp_path}/tries; sleep 0.3; echo ok")
+    fork = multiprocessing.get_context("fork")
+    args = (fetcher(tmp_path), f"pipe:sh {script}")
+    processes = [fork.Process(target=_fetch, args=args) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "tries").read_text() == "\n"
+
+
+# The loader on remote shards
+
+
+@pytest.fixture
+def url(there: Path) -> Iterator[str]:
+    """The folder behind a real web server."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(there))  # type: ignore[arg-type]
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("form", ["file://{there}/x-*.tar", "pipe:cat {there}/x-{{000000..000002}}.tar",
+                                  "pipe:curl -sf {url}/x-{{000000..000002}}.tar"])  # fmt: skip
+def test_remote_shards_give_the_batches_of_local_ones(
+    tmp_path: Path, there: Path, url: str, form: str
+) -> None:
+    local = data_config(there / "x-*.tar", there / "x-*.tar")
+    remote = data_config(form.format(there=there, url=url), there / "x-*.tar")
+    remote = replace(remote, cache=CacheConfig(dir=str(tmp_path / "here")))
+    (a, _), (b, _) = (loaders(c, make_run(tmp_path / "run")) for c in (local, remote))
+    for one, other in zip(take(a, 4), take(b, 4), strict=True):
+        assert [k.partition("/")[2] for k in one.keys] == [k.partition("/")[2] for k in other.keys]
+        assert same(one, other)
+
+
+def test_an_index_spares_the_copies_at_the_start(tmp_path: Path, there: Path) -> None:
+    remote = data_config(f"file://{there}/x-*.tar", f"pipe:cat {there}/x-000000.tar")
+    train = replace(remote.train[0], index=f"pipe:cat {there}/{INDEX}")
+    for name in ("x-000000.tar", "x-000001.tar", "x-000002.tar"):
+        (there / name).write_bytes(b"not looked at")
+    config = replace(remote, train=[train], cache=CacheConfig(dir=str(tmp_path / "here")))
+    config = replace(config, val=config.train)
+    sources = open_sources(config, make_run(tmp_path / "run"))
+    assert sources["train"][0].counts == (4, 4, 4) and copies(tmp_path) == []
+
+
+def test_a_shard_that_vanished_is_skipped_and_counted(tmp_path: Path, there: Path) -> None:
+    remote = data_config(f"file://{there}/x-*.tar", there / "x-000000.tar")
+    remote = replace(remote, cache=CacheConfig(dir=str(tmp_path / "here")), max_bad_share=0.9)
+    loader, _ = loaders(remote, make_run(tmp_path / "run"), micro=12)
+    (there / "x-000001.tar").unlink()
+    assert len(next(loader)) == 12
+    assert loader.bad == {(remote.train[0].shards, "missing"): 4}
+    lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert {json.loads(line)["shard"] for line in lines} == {f"file://{there}/x-000001.tar"}

@@ -1,0 +1,53 @@
+"""A call with a time limit gives what the function gives, or ends in time."""
+
+import multiprocessing
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+
+from elip_ds.data.patience import Patience
+
+
+def test_results_and_errors_come_through() -> None:
+    patience = Patience(5)
+    assert [patience(divmod, 7, n) for n in (2, 3)] == [(3, 1), (2, 1)]
+    with pytest.raises(ZeroDivisionError):
+        patience(divmod, 7, 0)
+    assert patience(len, "abc") == 3
+
+
+def test_a_call_that_hangs_is_left_behind(tmp_path: Path) -> None:
+    """Opening a named pipe waits for its other end, and no signal is needed to go on."""
+    os.mkfifo(tmp_path / "pipe")
+    patience, before = Patience(0.1), threading.active_count()
+    with pytest.raises(TimeoutError, match=r"^no answer within 0\.1 s$"):
+        patience(os.open, tmp_path / "pipe", os.O_RDONLY)
+    assert patience(len, "abc") == 3
+    end = os.open(tmp_path / "pipe", os.O_RDWR)  # now it returns, and its thread ends
+    for thread in threading.enumerate():
+        if thread.daemon and thread is not threading.main_thread():
+            thread.join(0.5)
+    assert threading.active_count() <= before + 1
+    os.close(end)
+
+
+def _fork(patience: Patience) -> None:
+    os._exit(patience(len, "abc"))
+
+
+def test_a_forked_process_has_a_thread_of_its_own() -> None:
+    patience = Patience(5)
+    assert patience(len, "ab") == 2
+    child = multiprocessing.get_context("fork").Process(target=_fork, args=(patience,))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 3
+
+
+def test_it_can_be_sent_to_another_process() -> None:
+    patience = Patience(5)
+    patience(len, "ab")
+    assert pickle.loads(pickle.dumps(patience))(len, "abc") == 3
