@@ -94,9 +94,10 @@ class StepTracer:
         zero = replace(
             setting.zero,
             bucket=min(setting.zero.bucket, trained),
-            prefetch=min(setting.zero.prefetch, trained),
+            gather=replace(setting.zero.gather, ahead=min(setting.zero.gather.ahead, trained)),
         )
         self.setting = replace(setting, zero=zero)
+        self._gathering: Gathering | None = None
         if setting.device != "cpu":
             for module in self.task.modules():
                 if isinstance(module, SelfAttention | CrossAttention):
@@ -120,6 +121,14 @@ class StepTracer:
 
     def trace(self, micro_batch_size: int) -> Traced:
         """The bytes of one optimizer step of so many samples a rank and pass."""
+        if self.setting.zero.stage == 3 and self._gathering is None:
+            self._gathering = Gathering(
+                self.task, self.setting.zero.world_size, self.setting.zero.gather
+            )
+            self._trace(min_micro_batch(self.config))  # it learns the order of the calls
+        return self._trace(micro_batch_size)
+
+    def _trace(self, micro_batch_size: int) -> Traced:
         with self._surroundings(), marked_parts(self.task):
             host = random_batch(self.config, self._vocabulary, micro_batch_size)
             steps = min(self.setting.accumulation, 2)  # from the second on all are alike
@@ -139,24 +148,13 @@ class StepTracer:
                 self.task.after_step(LATE, self._local)
 
             return trace_step(
-                Reduction(self.setting.zero, self._groups(), self._gathering()),
+                Reduction(self.setting.zero, self._groups(), self._gathering),
                 micro_batch_size=micro_batch_size,
                 micro_steps=steps,
                 forward=forward,
                 update=update,
                 part_of=current_part,
             )
-
-    def _gathering(self) -> Gathering | None:
-        zero = self.setting.zero
-        if zero.stage < 3:
-            return None
-        gathering = Gathering(self.task, persist=zero.persist, prefetch=zero.prefetch)
-        few = random_batch(self.config, self._vocabulary, min_micro_batch(self.config))
-        with torch.no_grad(), gathering.counting():
-            self.task(self._moved(few), LATE)
-        self.task.drop_carries()
-        return gathering
 
     def _moved(self, batch: Batch) -> Batch:
         return batch.to(torch.device("cpu"), self.setting.zero.dtype)
