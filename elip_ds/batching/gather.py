@@ -7,8 +7,7 @@ that are copied out of it until the last of them was needed.
 
 Source: deepspeed/runtime/zero/partitioned_param_coordinator.py and parameter_offload.py of 0.19,
 followed call by call, with the hooks that they have. Left out: quantized and secondary weights,
-leaf modules, frozen weights inside of a recomputed block, weights used outside of their module. A
-release takes the storage along; DeepSpeed's stays while autograd has a view of it, which matters
+leaf modules, weights used outside of their module. A release takes the storage along; DeepSpeed's stays while autograd has a view of it, which matters
 only where stage3_max_reuse_distance lets go what the backward needs.
 """
 
@@ -41,14 +40,19 @@ class Limits:
 class Gathering:
     """The state lasts from one micro-batch to the next, as DeepSpeed's does."""
 
-    def __init__(self, module: nn.Module, world_size: int, limits: Limits) -> None:
+    def __init__(
+        self, module: nn.Module, world_size: int, limits: Limits, *, copies: bool = False
+    ) -> None:
+        """copies: whether a message is copied on its way."""
         self._module, self._world, self._limits = module, world_size, limits
+        self._copies = copies
         self._weights = {m: list(m.parameters(recurse=False)) for m in module.modules()}
         self._whole: dict[Tensor, Tensor] = {}
         self._on_the_way: dict[Tensor, _Message] = {}
         self._users: dict[Tensor, set[nn.Module]] = defaultdict(set)
         self._in_backward: dict[nn.Module, None] = {}
         self._inputs_left: dict[nn.Module, int] = {}
+        self._recomputed: dict[nn.Module, list[Tensor]] = defaultdict(list)
         self._order = _Order([], self._weights)
         self._mode = "unknown"  # then recorded, then known
         self._restart()
@@ -80,10 +84,8 @@ class Gathering:
         """What a module took whose backward did not end by itself, as its input has no gradient."""
         while self._in_backward:
             module, _ = self._in_backward.popitem()
-            for parameter in self._weights[module]:
-                self._users[parameter].discard(module)
-                if not self._persists(parameter):
-                    self._drop(parameter)
+            for parameter in (*self._weights[module], *self._recomputed.pop(module, ())):
+                self._let_go(parameter, module)
 
     def step(self) -> None:
         """The optimizer's: nothing stays."""
@@ -126,12 +128,22 @@ class Gathering:
         if backward:
             self._in_backward[module] = None
         self._gather(mine)
+        recomputes = not backward and torch._C._current_graph_task_id() != -1
         for parameter in mine:
             self._users[parameter].add(module)
+            if recomputes and self._in_backward and not parameter.requires_grad:
+                self._belongs(parameter, next(reversed(self._in_backward)))
             self._receive(parameter)
         if self._mode == "known":
             self._skip({p for p in mine if self._fetched_for[p] < step})
             self._gather_ahead()
+
+    def _belongs(self, parameter: Tensor, module: nn.Module) -> None:
+        """A frozen weight that is used in a recomputed forward stays until that backward is over:
+        it has no gradient of its own to go with.
+        """
+        self._recomputed[module].append(parameter)
+        self._users[parameter].add(module)
 
     def _skip(self, wanted: set[Tensor]) -> None:
         """What was just fetched need not be gathered ahead."""
@@ -153,8 +165,6 @@ class Gathering:
         self._gather(list(wanted))
 
     def _release(self, module: nn.Module, *, backward: bool = False) -> None:
-        if backward:
-            self._in_backward.pop(module, None)
         step = len(self._called)
         for parameter in self._weights[module]:
             self._users[parameter].discard(module)
@@ -162,8 +172,12 @@ class Gathering:
                 self._fetched_for[parameter] > step
                 or self._order.is_soon(parameter, step, self._limits.reuse)
             )
-            if not again and not self._persists(parameter):
-                self._drop(parameter)
+            if not again:
+                self._let_go(parameter, module)
+        if backward:
+            self._in_backward.pop(module, None)
+            for parameter in self._recomputed.pop(module, ()):
+                self._let_go(parameter, module)
 
     def _before_backward(self, module: nn.Module, _: Any, output: Any) -> Any:
         fetch = partial(self._fetch, module, backward=True)
@@ -199,12 +213,20 @@ class Gathering:
             return
         self._num_available += sum(p.numel() for p in missing)
         message = _Message(missing, self._world)
+        if self._copies:
+            copy = message.flat.clone()
+            del copy
         self._on_the_way.update(dict.fromkeys(missing, message))
 
     def _receive(self, parameter: Tensor) -> None:
         message = self._on_the_way.pop(parameter, None)
         if message is not None:
             self._whole.update(message.unpack())
+
+    def _let_go(self, parameter: Tensor, module: nn.Module) -> None:
+        self._users[parameter].discard(module)
+        if not self._persists(parameter):
+            self._drop(parameter)
 
     def _drop(self, parameter: Tensor) -> None:
         if parameter in self._whole and not self._users[parameter]:
@@ -219,14 +241,14 @@ class _Message:
         self._parameters, self._alone = parameters, len(parameters) == 1
         self._empty = world_size == 1  # nothing is sent, and its shards are the weights
         count = sum(-(-p.numel() // world_size) * world_size for p in parameters)
-        self._flat = parameters[0].new_empty(0 if self._empty else count)
+        self.flat = parameters[0].new_empty(0 if self._empty else count)
 
     def unpack(self) -> dict[Tensor, Tensor]:
         """All of them with the first; the others' wait finds them there already."""
         parameters, self._parameters = self._parameters, ()
         if self._alone or self._empty:
-            return dict.fromkeys(parameters, self._flat)
-        return {p: self._flat.new_empty(p.numel()) for p in parameters}
+            return dict.fromkeys(parameters, self.flat)
+        return {p: self.flat.new_empty(p.numel()) for p in parameters}
 
 
 class _Order:

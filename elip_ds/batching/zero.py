@@ -36,7 +36,8 @@ LIMITS = {
 class Zero:
     """world_size: 0 is a step by itself, without an engine, whose optimizer needs nothing.
     dtype: of the weights.  accumulate: of gradients between micro-batches.  bucket: elements.
-    gather: of stage 3.  offload: the optimizer, or the optimizer and the weights, lie on the host.
+    gather: of stage 3.  copies: whether a message is copied on its way, as gloo does with what it
+    gathers or scatters.  offload: the optimizer, or the optimizer and the weights, lie on the host.
     """
 
     stage: int
@@ -46,6 +47,7 @@ class Zero:
     bucket: int = 500_000_000
     overlap: bool = False
     gather: Limits = Limits()
+    copies: bool = False
     offload: bool = False
     offload_weights: bool = False
 
@@ -224,6 +226,8 @@ class Reduction:
         in_place = zero.stage == 3 and self._alone and self._fill % zero.world_size == 0
         flat = self._empty(0 if in_place else self._fill, self._bucket_dtype)
         if zero.stage == 3:
+            copy = self._empty(self._fill if zero.copies else 0, zero.dtype)
+            del copy
             if zero.accumulate != zero.dtype:
                 own = self._empty(-(-self._fill // zero.world_size), zero.accumulate)
                 del own

@@ -68,6 +68,9 @@ def most_tokens(config: Config) -> tuple[float, ...]:
 class _Mode(FakeTensorMode):
     """A tensor of it takes it along when it is copied with its model, as the twin's are."""
 
+    # torch would look for GPUs again at every operation, an eighth of a trace; no tensor is there.
+    avoid_device_init = True
+
     def __deepcopy__(self, memo: Any) -> "_Mode":
         return self
 
@@ -95,6 +98,7 @@ class StepTracer:
             setting.zero,
             bucket=min(setting.zero.bucket, trained),
             gather=replace(setting.zero.gather, ahead=min(setting.zero.gather.ahead, trained)),
+            copies=setting.device == "cpu",
         )
         self.setting = replace(setting, zero=zero)
         self._gathering: Gathering | None = None
@@ -121,9 +125,10 @@ class StepTracer:
 
     def trace(self, micro_batch_size: int) -> Traced:
         """The bytes of one optimizer step of so many samples a rank and pass."""
-        if self.setting.zero.stage == 3 and self._gathering is None:
+        zero = self.setting.zero
+        if zero.stage == 3 and self._gathering is None:
             self._gathering = Gathering(
-                self.task, self.setting.zero.world_size, self.setting.zero.gather
+                self.task, zero.world_size, zero.gather, copies=zero.copies
             )
             self._trace(min_micro_batch(self.config))  # it learns the order of the calls
         return self._trace(micro_batch_size)

@@ -107,6 +107,14 @@ def test_several_weights_are_copied_out_of_one_message():
         assert tracker.lap() // MIB == 4
 
 
+def test_a_backend_that_copies_has_the_message_twice():
+    run = Run([layer()], NOTHING_AHEAD)
+    run.gathering = Gathering(run.model, 4, NOTHING_AHEAD, copies=True)
+    with Tracker() as tracker, run.gathering.hooked(), torch.no_grad():
+        run.model(torch.ones(1, KIB))
+        assert tracker.lap() // MIB == 8
+
+
 def test_what_comes_next_is_gathered_ahead_and_lies_there_until_all_of_it_is_used():
     ahead = Limits(persist=0, ahead=2 * KIB * KIB)
     run = Run([layer(), layer(), layer()], ahead, times=2)
