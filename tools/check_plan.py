@@ -285,7 +285,10 @@ def main() -> int:
         args.out.write_text(json.dumps(run_case(Case(**json.loads(args.case)))))
         sys.stdout.flush()
         os._exit(0)  # gloo's and DeepSpeed's threads are not waited for
-    cases = {"step": step_cases(), "engine": engine_cases(args.worlds, args.stages, args.precisions)}
+    cases = {
+        "step": step_cases(),
+        "engine": engine_cases(args.worlds, args.stages, args.precisions),
+    }
     results, missed = [], 0
     for kind, (low, high) in BOUNDS.items():
         for case in cases[kind] if args.only in (None, kind) else ():

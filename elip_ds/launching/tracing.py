@@ -127,9 +127,7 @@ class StepTracer:
         """The bytes of one optimizer step of so many samples a rank and pass."""
         zero = self.setting.zero
         if zero.stage == 3 and self._gathering is None:
-            self._gathering = Gathering(
-                self.task, zero.world_size, zero.gather, copies=zero.copies
-            )
+            self._gathering = Gathering(self.task, zero.world_size, zero.gather, copies=zero.copies)
             self._trace(min_micro_batch(self.config))  # it learns the order of the calls
         return self._trace(micro_batch_size)
 

@@ -8,33 +8,40 @@ a moment, only samples and rates are the same.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from conftest import tiny_words
-from jobs import DEADLINE, ROOT
 
 pytestmark = pytest.mark.slow
 
-STEPS = ["batching.global_batch_size=64", "schedule.length=512 samples", "run.on_finish=nothing"]
-STEPS += ["schedule.warmup=128 samples", "metrics.every=64 samples", "engine.precision=fp32"]
-# Micro-batches of a rank by the plan alone, without the time of a probe.
-STEPS += ["batching.probe=never"]
+RECIPE = [
+    *("batching.global_batch_size=512", "schedule.length=2048 samples"),
+    *("schedule.warmup=1024 samples", "metrics.every=512 samples", "run.on_finish=nothing"),
+    "batching.probe=never",  # by the plan alone, which takes less time
+    *("model.vision.image_size=64", "model.vision.patch_size=4", "data.builtin.image_size=64"),
+]
+WORDS_ALONE = ["objectives.itc=null", "objectives.itm=null"]
 
 
-def trained(name: str, memory: str, tmp_path, scenes, model: str) -> tuple[dict, list[dict]]:
-    """Through the launcher, two ranks: plan.json and the lines of metrics.jsonl."""
-    words = [*tiny_words(*STEPS, model=model), f"data.builtin.dir={scenes}", f"run.dir={tmp_path}"]
-    command = [sys.executable, "-m", "elip_ds.launch", "run", *words, f"run.name={name}"]
-    command += ["--deepspeed", str(ROOT / "ds_configs/z2.json"), "--ranks", "2"]
-    command += ["--device-memory", memory]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=DEADLINE
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-    plan = json.loads((tmp_path / name / "plan.json").read_text())
-    return plan, [line for line in lines if "losses" in line]
+@pytest.mark.parametrize(
+    ("model", "changes", "small", "close"),
+    [("clip", [], "cpu:1150MiB", 1e-4), ("albef", WORDS_ALONE, "cpu:1250MiB", 0.01)],
+)
+def test_one_recipe_trains_alike_in_little_and_in_much_memory(start, model, changes, small, close):
+    """close: of losses, relative. ALBEF's words are a mean over micro-batches of means over words,
+    and micro-batches have a few words more or less.
+    """
+    jobs = [
+        start(f"{model}-{i}", *RECIPE, *changes, f"batching.device_memory={memory}", model=model)
+        for i, memory in enumerate((small, "cpu:6GiB"))
+    ]
+    plan, roomy_plan = (json.loads((job.finish().dir / "plan.json").read_text()) for job in jobs)
+    lines, roomy = ([line for line in job.lines() if "losses" in line] for job in jobs)
+    assert plan["micro_batch_size"] < roomy_plan["micro_batch_size"] == 256
+    assert plan["gradient_accumulation_steps"] > roomy_plan["gradient_accumulation_steps"] == 1
+    assert plan["global_batch_size"] == roomy_plan["global_batch_size"] == 512
+    assert len(lines) == len(roomy) == 4
+    for mine, other in zip(lines, roomy, strict=True):
+        for key in ("step", "samples_seen", "learning_rate"):
+            assert mine[key] == other[key]
+        assert mine["losses"] == pytest.approx(other["losses"], rel=close)
+    assert len({line["learning_rate"] for line in lines}) > 2  # it moved
