@@ -7,8 +7,9 @@ that are copied out of it until the last of them was needed.
 
 Source: deepspeed/runtime/zero/partitioned_param_coordinator.py and parameter_offload.py of 0.19,
 followed call by call, with the hooks that they have. Left out: quantized and secondary weights,
-leaf modules, weights used outside of their module. A release takes the storage along; DeepSpeed's stays while autograd has a view of it, which matters
-only where stage3_max_reuse_distance lets go what the backward needs.
+leaf modules, weights used outside of their module. A release takes the storage along; DeepSpeed's
+stays while autograd has a view of it, which matters only where stage3_max_reuse_distance lets go
+what the backward needs.
 """
 
 from bisect import bisect_left
@@ -147,7 +148,7 @@ class Gathering:
 
     def _skip(self, wanted: set[Tensor]) -> None:
         """What was just fetched need not be gathered ahead."""
-        found = set()
+        found: set[Tensor] = set()
         while self._queue and len(found) < len(wanted):
             parameter, at = self._queue.popleft()
             self._fetched_for[parameter] = at
@@ -155,7 +156,8 @@ class Gathering:
 
     def _gather_ahead(self) -> None:
         room = min(self._limits.live - self._num_available, self._limits.ahead)
-        count, wanted = 0, {}
+        count = 0
+        wanted: dict[Tensor, None] = {}
         while self._queue and count < room:
             parameter, at = self._queue.popleft()
             self._fetched_for[parameter] = max(self._fetched_for[parameter], at)
@@ -176,8 +178,8 @@ class Gathering:
                 self._let_go(parameter, module)
         if backward:
             self._in_backward.pop(module, None)
-            for parameter in self._recomputed.pop(module, ()):
-                self._let_go(parameter, module)
+            for frozen in self._recomputed.pop(module, ()):
+                self._let_go(frozen, module)
 
     def _before_backward(self, module: nn.Module, _: Any, output: Any) -> Any:
         fetch = partial(self._fetch, module, backward=True)

@@ -12,7 +12,7 @@ P trainable and F frozen parameters, N ranks, s bytes of a weight (4, or 2 in ha
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Zero:
     accumulate: torch.dtype = torch.float32
     bucket: int = 500_000_000
     overlap: bool = False
-    gather: Limits = Limits()
+    gather: Limits = field(default_factory=Limits)
     copies: bool = False
     offload: bool = False
     offload_weights: bool = False

@@ -42,7 +42,8 @@ def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retri
     """Run training to its end and return its exit status.
 
     command_for: the command for a micro-batch; None: the one that training settles by itself.
-    What was remembered of a batch that ran out of memory is forgotten, for other runs, too. Raises RetriesUsedUp with every micro-batch that was tried.
+    What was remembered of a batch that ran out of memory is forgotten, for other runs, too.
+    Raises RetriesUsedUp with every micro-batch that was tried.
     """
     micro: int | None = None
     tried: list[str] = []

@@ -14,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 RECIPE = [
-    *("batching.global_batch_size=512", "schedule.length=2048 samples"),
+    *("batching.global_batch_size=512", "schedule.length=1536 samples"),
     *("schedule.warmup=1024 samples", "metrics.every=512 samples", "run.on_finish=nothing"),
     "batching.probe=never",  # by the plan alone, which takes less time
     *("model.vision.image_size=64", "model.vision.patch_size=4", "data.builtin.image_size=64"),
@@ -39,9 +39,9 @@ def test_one_recipe_trains_alike_in_little_and_in_much_memory(start, model, chan
     assert plan["micro_batch_size"] < roomy_plan["micro_batch_size"] == 256
     assert plan["gradient_accumulation_steps"] > roomy_plan["gradient_accumulation_steps"] == 1
     assert plan["global_batch_size"] == roomy_plan["global_batch_size"] == 512
-    assert len(lines) == len(roomy) == 4
+    assert len(lines) == len(roomy) == 3
     for mine, other in zip(lines, roomy, strict=True):
         for key in ("step", "samples_seen", "learning_rate"):
             assert mine[key] == other[key]
         assert mine["losses"] == pytest.approx(other["losses"], rel=close)
-    assert len({line["learning_rate"] for line in lines}) > 2  # it moved
+    assert len({line["learning_rate"] for line in lines}) == 3  # it moved
