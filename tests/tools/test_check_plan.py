@@ -11,7 +11,6 @@ import pytest
 from allocations import Allocations, counting
 from check_plan import BOUNDS, SMALL, Case, in_own_processes
 
-
 COUNTED = """
 import threading, torch
 from allocations import Allocations
