@@ -30,7 +30,7 @@ run     train: by deepspeed on this machine, by srun inside a Slurm allocation; 
   --device-memory SIZE  of a rank: 24GiB, a device's name (a5000, a100-80, h100, ...), cpu:16GiB
   --ranks N             plan: of the whole job; probe, run: on this machine
   --compare KEY=VALUE   plan: a second plan beside the first, with these settings; may be repeated.
-                        deepspeed=JSON is one of them
+                        deepspeed=JSON is one of them, and attention=eager: without fused kernels
   --json FILE           plan, probe: write all numbers
   --dry-run             run: print the command only
 

@@ -1,49 +1,43 @@
-"""What torch's CPU allocator gave and took back while something ran, told by the profiler.
+"""What torch's CPU allocator gave and took back while something ran.
 
-Exact bytes, pages touched or not, of the thread that asks; what other threads (gloo's) ask for by
-themselves is not seen.
+Exact bytes, pages touched or not, in any thread: gloo's threads are often the last to hold a
+message, and torch's profiler hears of a release only in the thread that it was opened in. A process
+is counted that was started with counting() in its environment.
 """
 
-from typing import Any
+import ctypes
+import subprocess
+from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile, record_function
+SOURCE = Path(__file__).with_suffix(".cpp")
 
-MARK = "mark:"
+
+def counting(folder: Path) -> dict[str, str]:
+    """Builds the counter there. Returns what the environment of a counted process needs."""
+    library = folder / "allocations.so"
+    command = ["c++", "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(library), "-ldl"]
+    subprocess.run(command, check=True)
+    return {"LD_PRELOAD": str(library)}
 
 
 class Allocations:
-    """Counts from its opening on; mark() closes a stretch, whose peak has the mark's name."""
+    """Counts from its making on; mark() closes a stretch, whose peak has the mark's name."""
 
     def __init__(self) -> None:
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-
-    def __enter__(self) -> "Allocations":
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._profile.__exit__(*error)
+        self._library = ctypes.CDLL(None)
+        if not hasattr(self._library, "peak_bytes"):
+            raise RuntimeError("this process was not started with allocations.counting()")
+        self._library.peak_bytes.restype = self._library.alive_bytes.restype = ctypes.c_long
+        self._library.peak_bytes()
+        self._before = self._library.alive_bytes()
+        self._stretches: list[tuple[str, int, int]] = []
 
     def mark(self, name: str) -> None:
-        with record_function(MARK + name):
-            pass
+        peak, alive = self._library.peak_bytes(), self._library.alive_bytes()
+        self._stretches.append((name, peak - self._before, alive - self._before))
 
     def peaks(self) -> list[tuple[str, int, int]]:
-        """After closing: for each mark in order its name, the most bytes since the mark before, and
-        the bytes at the mark.
+        """For each mark in order its name, the most bytes since the mark before, and the bytes at
+        the mark.
         """
-        events = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-        at = sorted(
-            (event.start_ns(), i, event.name(), event.nbytes())
-            for i, event in enumerate(events)
-            if event.name() == "[memory]" or event.name().startswith(MARK)
-        )
-        stretches, alive, peak = [], 0, 0
-        for _, _, name, nbytes in at:
-            if name == "[memory]":
-                alive += nbytes
-                peak = max(peak, alive)
-            else:
-                stretches.append((name.removeprefix(MARK), peak, alive))
-                peak = alive
-        return stretches
+        return list(self._stretches)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 "Of an entry; one with another number was written by other code and is no answer."
 
 
@@ -39,44 +39,32 @@ class Cache:
 
     def read(self, key: str) -> dict | None:
         """The answer; None: never given, forgotten, written by other code, or unreadable."""
-        return self._entry(key)["answer"]
-
-    def write(self, key: str, answer: dict) -> None:
-        """What was held against an earlier answer stays."""
-        self._store(key, answer, self.violations(key))
-
-    def forget(self, key: str, reason: str) -> None:
-        """The answer turned out wrong, for that reason: next time it is measured again."""
-        self._store(key, None, [*self.violations(key), reason])
-
-    def violations(self, key: str) -> list[str]:
-        """Reasons that answers to this key were forgotten for, the latest last."""
-        return self._entry(key)["violations"]
-
-    def _entry(self, key: str) -> dict:
-        nothing: dict = {"answer": None, "violations": []}
         try:
             entry = json.loads(self._path(key).read_bytes())
-            if entry["schema"] != SCHEMA:
-                return nothing
-            return {"answer": entry["answer"], "violations": list(entry["violations"])}
+            return entry["answer"] if entry["schema"] == SCHEMA else None
         except FileNotFoundError:
-            return nothing
+            return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._warn("cannot be read", error)
-            return nothing
+            return None
 
-    def _store(self, key: str, answer: dict | None, violations: list[str]) -> None:
-        entry = {"schema": SCHEMA, "answer": answer, "violations": violations}
+    def write(self, key: str, answer: dict) -> None:
         path = self._path(key)
         partial = path.with_name(f".{key}.{os.getpid()}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                partial.write_text(json.dumps(entry, indent=1))
+                partial.write_text(json.dumps({"schema": SCHEMA, "answer": answer}, indent=1))
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
+        except OSError as error:
+            self._warn("cannot be written", error)
+
+    def forget(self, key: str) -> None:
+        """The answer turned out wrong: next time it is measured again."""
+        try:
+            self._path(key).unlink(missing_ok=True)
         except OSError as error:
             self._warn("cannot be written", error)
 

@@ -46,10 +46,6 @@ class Device:
     kappa: float
     tested: bool
 
-    def usable_bytes(self, headroom: float) -> int:
-        """What the bytes that a plan counts may come to, with that share of the memory left."""
-        return int((self.memory_bytes * (1 - headroom) - self.outside_bytes) / self.kappa)
-
 
 def find_device(text: str, key: str = "batching.device_memory") -> Device:
     """'a5000', 'A100 80GB', the driver's own name; '24GiB' a GPU of that size; 'cpu:16GiB'.

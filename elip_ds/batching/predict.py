@@ -16,6 +16,8 @@ AT_WORK = "working memory"
 
 FIRST = 64
 "Tried first. As most of what a step makes grows with its samples, the next is near the answer."
+NEARLY = 0.99
+"Of a line: the margin by which a peak may grow less than one (scored words grow by a root, too)."
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,13 @@ def predict(traced: Traced, states: dict[str, int]) -> Prediction:
     held = sum(states.values())
     made = traced.peaks
     peaks = Peaks(held + made.forward, held + made.backward, held + made.step)
-    parts = {**states, **{f"activations, {name}": n for name, n in traced.kept.items()}}
+    parts = {**states, **{_told(name): n for name, n in traced.kept.items()}}
     parts[AT_WORK] = peaks.highest - sum(parts.values())
     return Prediction(traced.micro_batch_size, peaks, held, parts)
+
+
+def _told(part: str) -> str:
+    return "logits and heads" if part == "heads" else f"activations, {part}"
 
 
 def largest_fitting(
@@ -45,17 +51,19 @@ def largest_fitting(
     budget_bytes: int,
     *,
     at_most: int,
+    first: int = FIRST,
     max_traces: int = 6,
 ) -> tuple[Prediction | None, list[Prediction]]:
     """The largest micro-batch whose peak is within the budget, and all predictions on the way.
 
     Peaks grow with the micro-batch as the highest of a few lines: a line through what fits and what
-    does not leads to the edge. Exact, unless max_traces run out before; then the largest that was
-    seen to fit. None: not even one sample does.
+    does not leads to the edge, and where a sample more would not fit by the slope so far, it does
+    not. Exact, unless max_traces run out before; then the largest that was seen to fit. None: not
+    even one sample does.
     """
     seen: dict[int, Prediction] = {}
-    low, high, size = 0, at_most + 1, min(FIRST, at_most)
-    while high - low > 1 and len(seen) < max_traces:
+    low, high, size = 0, at_most + 1, min(first, at_most)
+    while high - low > 1 and len(seen) < max_traces and not _is_full(seen, budget_bytes, low):
         if len(seen) == max_traces - 1 and low == 0:
             size = 1
         seen[size] = predict_at(size)
@@ -65,6 +73,16 @@ def largest_fitting(
             high = size
         size = _next(seen, budget_bytes, low, high)
     return seen.get(low), list(seen.values())
+
+
+def _is_full(seen: dict[int, Prediction], budget_bytes: int, low: int) -> bool:
+    """Whether one sample beyond low is too much, as peaks only grow faster than they did."""
+    below = [size for size in seen if size < low]
+    if not below:
+        return False
+    grown = seen[low].peaks.highest - seen[max(below)].peaks.highest
+    slope = grown / (low - max(below))
+    return budget_bytes - seen[low].peaks.highest < NEARLY * slope
 
 
 def _next(seen: dict[int, Prediction], budget_bytes: int, low: int, high: int) -> int:

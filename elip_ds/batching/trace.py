@@ -105,8 +105,7 @@ def trace_step(
     with Tracker(part_of) as tracker, reduction.hooked():
         forward_peaks, backward_peaks, kept = [], [], {}
         for micro_step in range(micro_steps):
-            with reduction.forward():
-                loss = forward(micro_step)
+            loss = forward(micro_step)
             forward_peaks.append(tracker.lap())
             kept = tracker.alive_by_part()
             loss.backward()

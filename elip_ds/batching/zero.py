@@ -12,24 +12,32 @@ P trainable and F frozen parameters, N ranks, s bytes of a weight (4, or 2 in ha
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elip_ds.batching.gather import Gathering
+from elip_ds.batching.gather import Gathering, Limits
 
 ALL_REDUCED_AT_ONCE = 500_000_000
 "Elements that the engine puts into one message at stage 0; no setting changes it."
 
 
+LIMITS = {
+    "stage3_param_persistence_threshold": "persist",
+    "stage3_prefetch_bucket_size": "ahead",
+    "stage3_max_live_parameters": "live",
+    "stage3_max_reuse_distance": "reuse",
+}
+
+
 @dataclass(frozen=True)
 class Zero:
     """world_size: 0 is a step by itself, without an engine, whose optimizer needs nothing.
-    dtype: of the weights.  accumulate: of gradients between micro-batches.  bucket, prefetch:
-    elements.  persist: of stage 3, elements up to which a parameter stays whole on every rank.
-    offload: the optimizer, or the optimizer and the weights, lie on the host.
+    dtype: of the weights.  accumulate: of gradients between micro-batches.  bucket: elements.
+    gather: of stage 3.  copies: whether a message is copied on its way, as gloo does with what it
+    gathers or scatters.  offload: the optimizer, or the optimizer and the weights, lie on the host.
     """
 
     stage: int
@@ -38,8 +46,8 @@ class Zero:
     accumulate: torch.dtype = torch.float32
     bucket: int = 500_000_000
     overlap: bool = False
-    prefetch: int = 50_000_000
-    persist: int = 100_000
+    gather: Limits = field(default_factory=Limits)
+    copies: bool = False
     offload: bool = False
     offload_weights: bool = False
 
@@ -77,8 +85,7 @@ def read_zero(tree: dict[str, Any], world_size: int, dtype: torch.dtype) -> Zero
         accumulate=names[wanted] if wanted else dtype,
         bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
         overlap=bool(zero.get("overlap_comm", stage == 3)),
-        prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
-        persist=int(zero.get("stage3_param_persistence_threshold", 100_000)),
+        gather=Limits(**{name: int(zero[key]) for key, name in LIMITS.items() if key in zero}),
         offload=offloads("offload_optimizer"),
         offload_weights=offloads("offload_param"),
     )
@@ -132,10 +139,10 @@ def shard(group: Sequence[int], world_size: int) -> int:
 
 def _held(sizes: Sequence[int], zero: Zero) -> int:
     """Elements that a rank has of the weights."""
-    if zero.stage < 3:
+    if zero.stage < 3 or zero.world_size == 1:
         return sum(sizes)
     shards = sum(-(-n // zero.world_size) for n in sizes)
-    return shards + sum(n for n in sizes if n <= zero.persist)
+    return shards + sum(n for n in sizes if n <= zero.gather.persist)
 
 
 def most_owned(group: Sequence[int], world_size: int) -> int:
@@ -174,7 +181,7 @@ class Reduction:
 
     def _forget(self) -> None:
         self._buffers: list[Tensor] = []
-        self._fill = 0
+        self._fill, self._alone = 0, True
         self._large: Tensor | None = None
         self._owned: list[Tensor] = []
 
@@ -183,21 +190,14 @@ class Reduction:
         """While it is open, gradients go this way as soon as they are done."""
         handles = [p.register_post_accumulate_grad_hook(self._take) for p in self._all]
         try:
-            yield
+            with self.gathering.hooked() if self.gathering else nullcontext():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
             self._forget()
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around the forward of a micro-batch."""
-        with self.gathering.forward() if self.gathering else nullcontext():
-            yield
-
     def _take(self, parameter: Tensor) -> None:
-        if self.gathering:
-            self.gathering.done(parameter)
         zero = self.zero
         if zero.stage in (1, 2) and not self._buffers:
             both = 2 if zero.overlap else 1
@@ -216,15 +216,21 @@ class Reduction:
         if n > self.zero.bucket:  # does not fit, and stays where it is until it is reduced
             self._large = parameter.grad
         parameter.grad = None
+        self._alone = self._fill == 0
         self._fill += n
 
     def _reduce(self) -> None:
         """One message: a flat copy of what is in the bucket, and what this rank owns of it."""
         zero = self.zero
-        flat = self._empty(self._fill, self._bucket_dtype)
+        # At stage 3 a gradient by itself that needs no filling up is sent from where it is.
+        in_place = zero.stage == 3 and self._alone and self._fill % zero.world_size == 0
+        flat = self._empty(0 if in_place else self._fill, self._bucket_dtype)
         if zero.stage == 3:
-            own = self._empty(-(-self._fill // zero.world_size), zero.dtype)
-            del own
+            copy = self._empty(self._fill if zero.copies else 0, zero.dtype)
+            del copy
+            if zero.accumulate != zero.dtype:
+                own = self._empty(-(-self._fill // zero.world_size), zero.accumulate)
+                del own
         elif not self._owned and not zero.offload:
             if zero.accumulate == torch.float32 and zero.half:
                 owned = sum(shard(sizes, zero.world_size) for sizes in self._sizes())
@@ -238,7 +244,7 @@ class Reduction:
         """last: of the step's micro-batches."""
         zero = self.zero
         if self.gathering:
-            self.gathering.clear()
+            self.gathering.end_backward()
         if zero.stage == 0 and last and zero.world_size:
             count = min(sum(p.numel() for p in self._all), ALL_REDUCED_AT_ONCE)
             flat = self._empty(count, zero.dtype)
@@ -274,6 +280,7 @@ class Reduction:
     def _step_shards(self, sizes: Sequence[int]) -> None:
         """Stage 3 drops the weights that are always whole while the optimizer steps."""
         assert self.gathering
+        self.gathering.step()
         zero = self.zero
         count = sum(-(-n // zero.world_size) for n in sizes)
         needed = count * (zero.accumulate.itemsize + (4 if zero.accumulate.itemsize < 4 else 0))

@@ -12,7 +12,7 @@ import torch
 
 from elip_ds.batching import Peaks, Plan
 from elip_ds.batching.cache import Cache, fingerprint
-from elip_ds.batching.predict import Prediction, largest_fitting
+from elip_ds.batching.predict import FIRST, Prediction, largest_fitting
 from elip_ds.batching.zero import read_zero
 from elip_ds.config import Config
 from elip_ds.engine.ds_config import fill_ds_config
@@ -82,11 +82,11 @@ class Forecast:
             self._seen[micro_batch_size] = self._tracer.predict(micro_batch_size)
         return self._seen[micro_batch_size]
 
-    def largest(self, budget_bytes: int, sizes: Sequence[int]) -> int | None:
+    def largest(self, budget_bytes: int, sizes: Sequence[int], first: int = FIRST) -> int | None:
         """Of sizes, ascending, the largest whose peak is within the budget; None: not even the
-        first.
+        first.  first: tried first, such as one that is asked for anyway.
         """
-        found, _ = largest_fitting(self.prediction, budget_bytes, at_most=sizes[-1])
+        found, _ = largest_fitting(self.prediction, budget_bytes, at_most=sizes[-1], first=first)
         if found is None or found.micro_batch_size < sizes[0]:
             return None
         return sizes[bisect_right(sizes, found.micro_batch_size) - 1]

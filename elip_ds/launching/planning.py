@@ -1,14 +1,16 @@
 """`launch plan`: what fits on a device that need not be here, and what becomes of the batch."""
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 from elip_ds.batching import Plan, choose_micro_batch, plan_batch
 from elip_ds.batching.devices import Device, find_device
 from elip_ds.batching.plan import MAX_MICRO_BATCH, better_batches
-from elip_ds.batching.predict import Prediction
+from elip_ds.batching.predict import FIRST, Prediction
 from elip_ds.batching.sizes import show_bytes
-from elip_ds.config import Config, load_config
+from elip_ds.config import Config, duration_in_samples, load_config
+from elip_ds.data.order import SourceSize
 from elip_ds.engine import json_batch, read_ds_config
 from elip_ds.engine.schedule import scale_lr
 from elip_ds.errors import UserError
@@ -25,7 +27,8 @@ def plan_all(
 ) -> list[dict[str, Any]]:
     """A record for the settings, and one for each of compared, which change some of them.
 
-    Among the changes deepspeed=JSON takes another DeepSpeed JSON. Raises UserError.
+    Among the changes deepspeed=JSON takes another DeepSpeed JSON, attention=eager attention by
+    single operations. Raises UserError.
     """
     plans = [plan_one("plan", words, deepspeed, ranks or 1)]
     for changed in compared:
@@ -53,7 +56,8 @@ def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dic
     usable = device.memory_bytes - device.outside_bytes
     free = left_free(config.batching, usable, kind)
     budget = int((usable - free) / device.kappa)
-    largest = forecast.largest(budget, range(1, MAX_MICRO_BATCH + 1))
+    asked = _asked_first(config, tree, ranks)
+    largest = forecast.largest(budget, range(1, MAX_MICRO_BATCH + 1), asked)
     notes = _notes(device)
     if largest is None:
         smallest = forecast.prediction(1)
@@ -70,8 +74,39 @@ def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dic
             "global_batch_size": plan.global_batch_size,
             "peak_learning_rate": scale_lr(config.optim, plan.global_batch_size).lr,
             "lr_rule": config.optim.lr_rule,
+            "optimizer": config.optim.name,
+            **_durations(config, plan.global_batch_size),
         }
     return record | {"notes": notes}
+
+
+def _asked_first(config: Config, tree: dict[str, Any], ranks: int) -> int:
+    """A micro-batch that is likely to be shown: a rank's share of the batch, or the one given."""
+    total, micro = json_batch(tree, config.batching, ranks)
+    if micro != "auto":
+        return int(micro)
+    return FIRST if total == "auto" else max(1, int(total) // ranks)
+
+
+def _durations(config: Config, global_batch_size: int) -> dict[str, int | None]:
+    """Of the warm-up and of an epoch, in samples and steps; None: not without the data."""
+    epoch = _samples_per_epoch(config)
+    warmup = None
+    if epoch is not None or "epoch" not in config.schedule.warmup:
+        warmup = duration_in_samples(config.schedule.warmup, epoch or 1)
+    record: dict[str, int | None] = {}
+    for name, samples in (("warmup", warmup), ("epoch", epoch)):
+        record[f"{name}_samples"] = samples
+        record[f"{name}_steps"] = None if samples is None else ceil(samples / global_batch_size)
+    return record
+
+
+def _samples_per_epoch(config: Config) -> int | None:
+    """Of the built-in scenes the configuration says it; shards would have to be read."""
+    if any(source.shards != "builtin" for source in config.data.train):
+        return None
+    scenes = (config.data.builtin.train,)
+    return sum(SourceSize(scenes, source.weight).per_epoch for source in config.data.train)
 
 
 def _plan(

@@ -18,9 +18,11 @@ from typing import Any
 import psutil
 
 from elip_ds.batching import Plan, next_smaller
+from elip_ds.batching.cache import Cache, default_folder
 from elip_ds.engine.out_of_memory import OOM_FOLDER
 from elip_ds.launching.endings import LaunchError
 from elip_ds.launching.handover import Command
+from elip_ds.launching.settle import PLAN
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retri
     """Run training to its end and return its exit status.
 
     command_for: the command for a micro-batch; None: the one that training settles by itself.
+    What was remembered of a batch that ran out of memory is forgotten, for other runs, too.
     Raises RetriesUsedUp with every micro-batch that was tried.
     """
     micro: int | None = None
@@ -53,6 +56,7 @@ def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retri
         plan = Plan(
             record["micro_batch_size"], record["gradient_accumulation_steps"], record["world_size"]
         )
+        _forget_answers(run_dir)
         told = _told(record)
         tried.append(str(plan.micro_batch_size))
         smaller = next_smaller(plan, record["min_micro_batch"])
@@ -82,6 +86,15 @@ def newest_oom(run_dir: Path, since: float) -> dict[str, Any] | None:
         if path.stat().st_mtime >= since
     ]
     return min(records, key=lambda record: record["time"], default=None)
+
+
+def _forget_answers(run_dir: Path) -> None:
+    """Those that the run's plan rests on."""
+    plan = run_dir / PLAN
+    nodes = json.loads(plan.read_text())["nodes"].values() if plan.exists() else ()
+    for answer in (part for node in nodes for part in (node, *node.get("later", ()))):
+        if "fingerprint" in answer:
+            Cache(default_folder()).forget(answer["fingerprint"])
 
 
 def _told(record: dict[str, Any]) -> str:

@@ -32,9 +32,12 @@ def show_plans(plans: Sequence[dict[str, Any]]) -> str:
         ("world_size", "ranks"),
         ("global_batch_size", "samples a step"),
         ("peak_learning_rate", "peak learning rate"),
+        ("optimizer", "optimized by"),
         ("bytes_per_sample", "a sample more takes"),
     ):
         table.add_row(told, *(_value(key, plan.get(key)) for plan in plans))
+    for name, told in (("warmup", "warm-up"), ("epoch", "an epoch")):
+        table.add_row(told, *(_duration(plan, name) for plan in plans))
     out = io.StringIO()
     console = Console(file=out, width=max(80, 34 + 24 * len(plans)))
     console.print(table)
@@ -60,3 +63,10 @@ def _value(key: str, value: Any) -> str:
     if key == "bytes_per_sample":
         return f"{value / 1e6:.1f} MB"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(plan: dict[str, Any], name: str) -> str:
+    if f"{name}_samples" not in plan:
+        return "-"
+    samples, steps = plan[f"{name}_samples"], plan[f"{name}_steps"]
+    return "unknown without data" if samples is None else f"{samples} samples, {steps} steps"

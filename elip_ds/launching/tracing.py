@@ -68,6 +68,9 @@ def most_tokens(config: Config) -> tuple[float, ...]:
 class _Mode(FakeTensorMode):
     """A tensor of it takes it along when it is copied with its model, as the twin's are."""
 
+    # torch would look for GPUs again at every operation, an eighth of a trace; no tensor is there.
+    avoid_device_init = True
+
     def __deepcopy__(self, memo: Any) -> "_Mode":
         return self
 
@@ -94,9 +97,11 @@ class StepTracer:
         zero = replace(
             setting.zero,
             bucket=min(setting.zero.bucket, trained),
-            prefetch=min(setting.zero.prefetch, trained),
+            gather=replace(setting.zero.gather, ahead=min(setting.zero.gather.ahead, trained)),
+            copies=setting.device == "cpu",
         )
         self.setting = replace(setting, zero=zero)
+        self._gathering: Gathering | None = None
         if setting.device != "cpu":
             for module in self.task.modules():
                 if isinstance(module, SelfAttention | CrossAttention):
@@ -120,6 +125,13 @@ class StepTracer:
 
     def trace(self, micro_batch_size: int) -> Traced:
         """The bytes of one optimizer step of so many samples a rank and pass."""
+        zero = self.setting.zero
+        if zero.stage == 3 and self._gathering is None:
+            self._gathering = Gathering(self.task, zero.world_size, zero.gather, copies=zero.copies)
+            self._trace(min_micro_batch(self.config))  # it learns the order of the calls
+        return self._trace(micro_batch_size)
+
+    def _trace(self, micro_batch_size: int) -> Traced:
         with self._surroundings(), marked_parts(self.task):
             host = random_batch(self.config, self._vocabulary, micro_batch_size)
             steps = min(self.setting.accumulation, 2)  # from the second on all are alike
@@ -139,24 +151,13 @@ class StepTracer:
                 self.task.after_step(LATE, self._local)
 
             return trace_step(
-                Reduction(self.setting.zero, self._groups(), self._gathering()),
+                Reduction(self.setting.zero, self._groups(), self._gathering),
                 micro_batch_size=micro_batch_size,
                 micro_steps=steps,
                 forward=forward,
                 update=update,
                 part_of=current_part,
             )
-
-    def _gathering(self) -> Gathering | None:
-        zero = self.setting.zero
-        if zero.stage < 3:
-            return None
-        gathering = Gathering(self.task, persist=zero.persist, prefetch=zero.prefetch)
-        few = random_batch(self.config, self._vocabulary, min_micro_batch(self.config))
-        with torch.no_grad(), gathering.counting():
-            self.task(self._moved(few), LATE)
-        self.task.drop_carries()
-        return gathering
 
     def _moved(self, batch: Batch) -> Batch:
         return batch.to(torch.device("cpu"), self.setting.zero.dtype)

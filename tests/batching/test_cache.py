@@ -50,33 +50,30 @@ def test_what_is_written_is_read_by_the_next(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["a.json"]
 
 
-def test_a_forgotten_answer_leaves_its_reason(tmp_path: Path) -> None:
+def test_a_forgotten_answer_is_none_until_the_next(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
+    cache.forget("a")  # never given
     cache.write("a", ANSWER)
-    cache.forget("a", "no memory at 96, step 812")
-    assert cache.read("a") is None
-    cache.write("a", ANSWER)
-    cache.forget("a", "again")
+    cache.forget("a")
+    assert Cache(tmp_path).read("a") is None
     cache.write("a", ANSWER)
     assert cache.read("a") == ANSWER
-    assert Cache(tmp_path).violations("a") == ["no memory at 96, step 812", "again"]
 
 
 def test_another_code_s_answer_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    entry = {"schema": SCHEMA + 1, "answer": ANSWER, "violations": []}
+    entry = {"schema": SCHEMA + 1, "answer": ANSWER}
     (tmp_path / "a.json").write_text(json.dumps(entry))
     assert Cache(tmp_path).read("a") is None
     assert not caplog.records
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"schema": 1}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"schema": 2}', "\udcff"])
 def test_an_unreadable_entry_is_none_and_warns_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     (tmp_path / "a.json").write_text(text, errors="surrogateescape")
     cache = Cache(tmp_path)
     assert cache.read("a") is None
-    assert cache.violations("a") == []
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     cache.write("a", ANSWER)
     assert cache.read("a") == ANSWER
@@ -88,7 +85,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(
     (tmp_path / "plans").write_text("a file")  # chmod would not stop root
     cache = Cache(tmp_path / "plans")
     cache.write("a", ANSWER)
-    cache.forget("a", "no memory")
+    cache.forget("a")
     assert cache.read("a") is None
     assert len(caplog.records) == 1
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elip_ds.batching.gather import Limits
 from elip_ds.batching.zero import Weights, Zero, most_owned, read_zero, shard, states
 
 WEIGHTS = Weights([[600, 400], [10]], [600, 400, 10], other_bytes=77, twin=True)
@@ -32,7 +33,7 @@ HALF = {"dtype": torch.bfloat16, "accumulate": torch.bfloat16}
         ),
         # 150 + 100 + 3 elements of a rank, and the smallest parameter whole
         (
-            Zero(3, 4, persist=10, bucket=1000, **HALF),
+            Zero(3, 4, bucket=1000, gather=Limits(persist=10), **HALF),
             {
                 "parameters": 2 * 263,
                 "teacher": 2 * 263,
@@ -75,6 +76,10 @@ def test_a_deepspeed_configuration_is_read_with_its_defaults():
     assert read_zero({"zero_optimization": {"stage": 3}}, 8, torch.bfloat16) == Zero(
         3, 8, torch.bfloat16, torch.bfloat16, overlap=True
     )
+    limits = {"stage3_max_live_parameters": 7, "stage3_max_reuse_distance": 1e9}
+    limits |= {"stage3_prefetch_bucket_size": 9, "stage3_param_persistence_threshold": 0}
+    tree = {"zero_optimization": {"stage": 3, **limits}}
+    assert read_zero(tree, 2, torch.float32).gather == Limits(0, 9, 7, 10**9)
     tree = {
         "zero_optimization": {
             "stage": 2,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from elip_ds.batching.cache import Cache, default_folder
 from elip_ds.engine.out_of_memory import OOM_FOLDER
 from elip_ds.launching.handover import Command
 from elip_ds.launching.supervise import RetriesUsedUp, newest_oom, supervise
@@ -58,6 +59,20 @@ def test_a_run_that_fits_is_started_once_and_its_status_is_handed_on(tmp_path):
 def test_after_memory_ran_out_the_next_smaller_divisor_is_tried(tmp_path):
     assert supervise(command_for(tmp_path, fits=9), tmp_path, retries=2) == 0
     assert tried(tmp_path) == [32, 16, 8]
+
+
+def test_the_answer_that_ran_out_of_memory_is_forgotten_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = Cache(default_folder())
+    for key in ("first", "later", "other"):
+        cache.write(key, {"largest": 32})
+    node = {"fingerprint": "first", "later": [{"fingerprint": "later"}]}
+    (tmp_path / "plan.json").write_text(json.dumps({"nodes": {"a": node, "b": {"largest": 4}}}))
+    assert supervise(command_for(tmp_path, fits=32), tmp_path, retries=2) == 0
+    assert cache.read("first") == {"largest": 32}
+    assert supervise(command_for(tmp_path, fits=16), tmp_path, retries=2) == 0
+    assert (cache.read("first"), cache.read("later")) == (None, None)
+    assert cache.read("other") == {"largest": 32}
 
 
 def test_it_gives_up_after_the_retries_and_names_what_was_tried(tmp_path):

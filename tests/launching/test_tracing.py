@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny_words
 
+from elip_ds.batching.gather import Limits
 from elip_ds.batching.trace import trace_step
 from elip_ds.batching.zero import Reduction, Zero
 from elip_ds.config import load_config
@@ -60,15 +61,16 @@ def test_a_traced_step_has_the_peaks_of_a_real_one(model, dtype):
 def test_parts_are_told_apart_and_add_up():
     prediction = tracer().predict(8)
     assert sum(prediction.parts.values()) == prediction.peaks.highest
-    for part in ("vision", "text", "fusion", "heads"):
-        assert prediction.parts[f"activations, {part}"] > 0
+    towers = [f"activations, {name}" for name in ("vision", "text", "fusion")]
+    for part in (*towers, "logits and heads"):
+        assert prediction.parts[part] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_sharded_step_holds_less(stage):
     whole, sharded = (
-        tracer(zero=Zero(s, 8, bucket=1000, prefetch=1000, persist=100)).predict(4)
+        tracer(zero=Zero(s, 8, bucket=1000, gather=Limits(persist=100, ahead=1000))).predict(4)
         for s in (0, stage)
     )
     assert sharded.parts["parameters"] <= whole.parts["parameters"]
