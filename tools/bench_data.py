@@ -141,7 +141,7 @@ class Bench:
         self.dataset: PairDataset = ours().dataset
         self._batch, self._count = args.batch, args.stage_samples
         transform, tokenizer = transforms(data, size), self.dataset.tokenizer
-        shards = [path for source in sources["train"] for path in source.shards]
+        shards = [Path(path) for source in sources["train"] for path in source.shards]
         listed = write_files(sources["train"], folder)
         self.loaders: dict[str, Callable[[], Any]] = {
             "ours": ours,
@@ -174,8 +174,9 @@ class Bench:
         source = int(np.searchsorted(starts, i, side="right")) - 1
         place = Place(source, i - int(starts[source]), 0)
         with _lap(spent, "read"):
-            reader, at = dataset._locate(place.source, place.sample)
-            record = reader.read(at)
+            shard, at = dataset._locate(place.source, place.sample)
+            reader = dataset._reader(dataset.sources[place.source], shard)
+            record = dataset._patience(reader.read, at)
         with _lap(spent, "augment"):
             image = TimedImage(record.image, max_pixels=config.max_pixels)
             pixels = train_image(image, dataset.image_size, keyed_generator(i), config)

@@ -112,7 +112,7 @@ def write_files(sources: Sequence[Source], folder: Path) -> Path:
     """The samples of the shards as image files, and the json list of them, which it returns."""
     entries = []
     for i, source in enumerate(sources):
-        for path in source.shards:
+        for path in map(Path, source.shards):
             reader = ShardReader(path)
             for at in range(len(reader)):
                 record = reader.read(at)

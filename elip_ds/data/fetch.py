@@ -74,7 +74,8 @@ class Fetcher:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.exists():
                     self._copy(name, path)
-                os.utime(path)  # it is the most recently used
+                now = time.time_ns()  # finer than the file system's own clock
+            os.utime(path, ns=(now, now))  # it is the most recently used
         except OSError as error:
             raise UserError(
                 f"data.cache.dir={self.folder}: {error.strerror}; name another folder, or lower "

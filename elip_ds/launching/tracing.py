@@ -102,6 +102,10 @@ class StepTracer:
         )
         self.setting = replace(setting, zero=zero)
         self._gathering: Gathering | None = None
+        if zero.stage == 3:
+            for number, parameter in enumerate(self.task.parameters()):
+                # As DeepSpeed marks them; see towers/words.py.
+                parameter.ds_id = number  # type: ignore[attr-defined]
         if setting.device != "cpu":
             for module in self.task.modules():
                 if isinstance(module, SelfAttention | CrossAttention):

@@ -249,7 +249,10 @@ def test_an_unknown_key_near_nothing_gets_the_known_ones() -> None:
         ),
         ("data.train=", "data.train is empty: name at least one shard pattern"),
         ("data.train=[]", "data.train is empty"),
-        ("data.train=[3]", "data.train[0]=3: wanted are settings, {shards, weight, caption}"),
+        (
+            "data.train=[3]",
+            "data.train[0]=3: wanted are settings, {shards, weight, index, ",
+        ),
     ],
 )
 def test_a_value_of_the_wrong_kind(word: str, line: str) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ def records() -> Iterator[Record]:
 def train(config: DataConfig, folder: Path, rank: int, ranks: int, seen: int) -> None:
     """One rank from a position to the end of the epoch: a line of keys for each step."""
     os.setsid()
+    warnings.simplefilter("ignore")  # torch's, of more workers than cores
     micro = GLOBAL_BATCH // ranks
     loader, _ = make_loaders(
         config, make_run(folder, rank, ranks), micro=micro, image_size=(8, 8), max_eval=1

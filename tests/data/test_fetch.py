@@ -3,7 +3,7 @@
 import http.server
 import json
 import multiprocessing
-import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -109,7 +109,8 @@ def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
     with pytest.raises(BadShard) as caught:
         fetcher(tmp_path, seconds=0.2, retries=1).fetch("pipe:echo a; sleep 1000; echo b")
     assert caught.value.kind == "slow" and time.monotonic() - start < 20
-    assert "sleep 1000" not in os.popen("ps -eo args").read().splitlines()
+    told = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "sleep 1000" not in told.splitlines()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -159,8 +160,14 @@ def url(there: Path) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize("form", ["file://{there}/x-*.tar", "pipe:cat {there}/x-{{000000..000002}}.tar",
-                                  "pipe:curl -sf {url}/x-{{000000..000002}}.tar"])  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        "file://{there}/x-*.tar",
+        "pipe:cat {there}/x-{{000000..000002}}.tar",
+        "pipe:curl -sf {url}/x-{{000000..000002}}.tar",
+    ],
+)
 def test_remote_shards_give_the_batches_of_local_ones(
     tmp_path: Path, there: Path, url: str, form: str
 ) -> None:

@@ -53,10 +53,8 @@ def record(number: int) -> Record:
     return Record(name, image, extension, captions)
 
 
-def test_a_run_goes_on_and_counts_what_is_wrong(
-    start: Callable[..., Job], tmp_path: Path
-) -> None:
-    """One epoch of 200 samples: each bad one is met once, and its good neighbour takes its place."""
+def test_a_run_goes_on_and_counts_what_is_wrong(start: Callable[..., Job], tmp_path: Path) -> None:
+    """One epoch of 200 samples: each bad one is met once, and its neighbour stands in."""
     folders = {name: tmp_path / name for name in ("cut", "gone", "stuck", "val")}
     paths = {
         name: write_shards(map(record, range(first, first + count)), folders[name], "x", PER_SHARD)
