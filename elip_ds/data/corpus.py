@@ -1,6 +1,7 @@
 """What a run reads: the shards that its configuration names, counted, and its vocabulary."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,15 +114,12 @@ def _check_fits(vocabulary: Vocabulary, size: int, name: str) -> None:
 
 
 def _captions(sources: Sequence[Source], fetcher: Fetcher) -> Iterator[str]:
+    """What cannot be read is left out; the loader names it."""
     for source in sources:
         for shard in source.shards:
-            try:
-                reader = ShardReader(fetcher.local(shard))
-            except BadShard:  # the loader names it
-                continue
-            for i in range(len(reader)):
-                try:
-                    yield from reader.captions(i)
-                except BadSample:  # the loader names it
-                    continue
-            reader.close()
+            with suppress(BadShard, TimeoutError):
+                reader = fetcher.patience(ShardReader, fetcher.local(shard))
+                for i in range(len(reader)):
+                    with suppress(BadSample):
+                        yield from fetcher.patience(reader.captions, i)
+                reader.close()

@@ -113,6 +113,8 @@ def _bad_sample(data: bytes) -> Iterator[None]:
         yield
     except BadSample:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, by the header
+        raise BadSample(f"cannot be decoded: {error}", "size") from None
     except UnidentifiedImageError:
         raise BadSample(f"no image format has these {len(data)} bytes") from None
     except Exception as error:  # broken files make the decoders raise all sorts, struct.error say

@@ -57,7 +57,7 @@ class Fetcher:
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "elip_ds" / "shards"
         self.folder = (default if config.dir == "auto" else Path(config.dir)).expanduser()
         self._limit_bytes = int(config.limit_gib * 2**30)
-        self._patience, self._retries = patience, retries
+        self.patience, self._retries = patience, retries
 
     def local(self, shard: Path | str) -> Path:
         """A file of this machine as it is, a remote one's copy."""
@@ -126,9 +126,9 @@ class Fetcher:
         raise BadShard(f"{_line(failure)} ({self._retries + 1} tries)", kind) from None
 
     def _chunks(self, name: str) -> Iterator[bytes]:
-        opened = _Pipe(name) if name.startswith("pipe:") else _Remote(name, self._patience)
+        opened = _Pipe(name) if name.startswith("pipe:") else _Remote(name, self.patience)
         try:
-            while chunk := self._patience(opened.read):
+            while chunk := self.patience(opened.read):
                 yield chunk
             opened.check()
         finally:

@@ -19,7 +19,6 @@ from elip_ds.data.corpus import Source, build_fetcher
 from elip_ds.data.decode import EncodedImage
 from elip_ds.data.headers import scan_once
 from elip_ds.data.order import Place
-from elip_ds.data.patience import Patience
 from elip_ds.data.record import BadSample, BadShard, Record
 from elip_ds.data.shards import INDEX, Shard, ShardReader
 from elip_ds.data.text import CaptionTokenizer
@@ -61,8 +60,8 @@ class PairDataset(Dataset):
         self._starts = [np.cumsum([0, *source.counts]) for source in self.sources]
         self._open_shards = max(OPEN_SHARDS, (config.shuffle_shards + 1) * len(self.sources))
         self._readers: dict[Shard, ShardReader | BadShard] = {}
-        self._patience = Patience(config.time_limit_seconds)
         self._fetcher = build_fetcher(config)
+        self._patience = self._fetcher.patience
         self._scan = partial(scan_once, folder=self._fetcher.folder / "headers")
 
     def __getitem__(self, places: Sequence[Place]) -> Batch | UserError:
@@ -108,7 +107,9 @@ class PairDataset(Dataset):
                 bad = error
             key = "" if reader is None else reader.key(at)
             skipped.append(Skipped(source.name, name, key, bad.kind, str(bad)))
-            if reader is None:  # the whole shard: its neighbour stands in, sample for sample
+            # Of a shard that is lost from here on, or whole, the neighbour stands in, sample for
+            # sample: the next ones here would all be lost, too.
+            if reader is None or at >= len(reader):
                 shard = (shard + 1) % len(source.shards)
                 sample = int(self._starts[place.source][shard]) + at % source.counts[shard]
             else:

@@ -159,9 +159,13 @@ def _count(shard: Shard, entry: Any, key: str, fetcher: Fetcher) -> tuple[int, b
         case {"samples": int(count), "bytes": size} if size >= shard.stat().st_size:  # type: ignore[union-attr]
             return count, size > shard.stat().st_size  # type: ignore[union-attr]
     try:
-        scan = scan_shard(fetcher.local(shard))
+        scan = fetcher.patience(scan_shard, fetcher.local(shard))
     except BadShard as error:
         raise UserError(f"{key}: shard {shard} is damaged or no tar: {error}") from None
+    except TimeoutError as error:
+        raise UserError(
+            f"{key}: shard {shard} cannot be read: {error} (data.time_limit_seconds)"
+        ) from None
     return len(scan.entries), not scan.whole
 
 
