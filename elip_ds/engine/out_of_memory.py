@@ -28,6 +28,8 @@ OUT_OF_MEMORY_STATUS = 77
 OOM_FOLDER = "memory"
 "In a run's folder: what ranks wrote that ran out of memory."
 LAUNCHER = "elip_ds.launch run"
+RETRIES = "ELIP_DS_OUT_OF_MEMORY_RETRIES"
+"Variable by which the launcher tells a run how often it was started again."
 
 _SIGNS = re.compile(
     "|".join(

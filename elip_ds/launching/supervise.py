@@ -19,7 +19,7 @@ import psutil
 
 from elip_ds.batching import Plan, next_smaller
 from elip_ds.batching.cache import Cache, default_folder
-from elip_ds.engine.out_of_memory import OOM_FOLDER
+from elip_ds.engine.out_of_memory import OOM_FOLDER, RETRIES
 from elip_ds.launching.endings import LaunchError
 from elip_ds.launching.handover import Command
 from elip_ds.launching.settle import PLAN
@@ -49,7 +49,7 @@ def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retri
     tried: list[str] = []
     while True:
         started = time.time()
-        status = _run(command_for(micro))
+        status = _run(command_for(micro), len(tried))
         record = newest_oom(run_dir, started)
         if record is None:
             return status
@@ -106,10 +106,11 @@ def _told(record: dict[str, Any]) -> str:
     )
 
 
-def _run(command: Command) -> int:
+def _run(command: Command, retries: int) -> int:
     """One start, in a session of its own; signals to this process go to the ranks alone."""
     log.info("starting %s", command)
     own = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    own[RETRIES] = str(retries)
     child = subprocess.Popen(command.words, env=own | command.environ, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:

@@ -51,6 +51,13 @@ CATALOG = (
     Series("elip_learning_rate", "gauge", "Learning rate of the last step."),
     Series("elip_gradient_norm", "gauge", "Gradient norm of the last step, before clipping."),
     Series("elip_global_batch_size", "gauge", "Samples per optimizer step."),
+    Series("elip_micro_batch_size", "gauge", "Samples per rank and pass."),
+    Series("elip_gradient_accumulation_steps", "gauge", "Passes per optimizer step."),
+    Series(
+        "elip_oom_retries",
+        "gauge",
+        "How often the launcher has started this run again with a smaller micro-batch.",
+    ),
     Series("elip_world_size", "gauge", "Ranks of the job."),
     Series("elip_recall_ratio", "gauge", "Held-out retrieval recall, 0..1.", ("at",)),
     Series(

@@ -6,6 +6,7 @@ On steps that are not logged nothing is read back from the device.
 import json
 import logging
 import math
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,9 @@ import elip_ds
 from elip_ds import dist
 from elip_ds.config import Config, duration_in_samples
 from elip_ds.data import TrainLoader
+from elip_ds.data.record import KINDS
 from elip_ds.engine import Engine, StepRecord, due
+from elip_ds.engine.out_of_memory import RETRIES
 from elip_ds.metrics.exporter import Exporter
 from elip_ds.metrics.progress import Progress
 from elip_ds.run import Run
@@ -50,6 +53,7 @@ class Recorder:
         self.kept_tokens: tuple[int, ...] = ()
         self.url: str | None = None
         self._exporter = Exporter() if run.first else None
+        self._sources = [source.name for source in loader.dataset.sources]
         self._bad: Counter[tuple[str, str]] = Counter()
         self._write_failed = False
         self._progress = Progress(total_samples) if run.first else None
@@ -133,6 +137,10 @@ class Recorder:
         )
         out["elip_world_size"].set(self.run.world_size)
         out["elip_global_batch_size"].set(engine.plan.global_batch_size)
+        for source in self._sources:  # from 0 on, or the first ones would be no increase
+            for kind in KINDS:
+                out["elip_samples_skipped_total"].labels(source, kind)
+        out["elip_oom_retries"].set(int(os.environ.get(RETRIES, 0)))
         for phase in ("data", "forward", "backward", "optimizer"):
             out["elip_step_phase_seconds_total"].labels(phase)
         if config.metrics.port is None:
@@ -153,6 +161,9 @@ class Recorder:
         for phase, spent in record.seconds.items():
             out["elip_step_phase_seconds_total"].labels(phase).inc(spent)
         out["elip_step"].set(record.step)
+        out["elip_micro_batch_size"].set(self.engine.plan.micro_batch_size)
+        steps = self.engine.plan.gradient_accumulation_steps
+        out["elip_gradient_accumulation_steps"].set(steps)
         out["elip_samples_seen"].set(record.samples_seen)
         out["elip_epoch"].set(record.epoch)
         out["elip_learning_rate"].set(record.learning_rate)

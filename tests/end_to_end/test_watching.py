@@ -1,6 +1,7 @@
 """What one sees of a run: the endpoint while it trains, its files and scores after."""
 
 import json
+import math
 import subprocess
 import sys
 import urllib.error
@@ -110,6 +111,10 @@ def test_the_endpoint_agrees_with_the_file_while_the_run_trains(watched):
     assert set(line["losses"]) == {"itc", "itm", "mlm"}
     assert labelled(scraped, "elip_signal") == line["logs"]
     assert labelled(scraped, "elip_learning_rate") == {"": line["learning_rate"]}
+    batch = ("elip_micro_batch_size", "elip_gradient_accumulation_steps", "elip_world_size")
+    sizes = [labelled(scraped, name)[""] for name in batch]
+    assert math.prod(sizes) == labelled(scraped, "elip_global_batch_size")[""]
+    assert labelled(scraped, "elip_oom_retries") == {"": 0}
     assert scraped["elip_gradient_norm", ""] == line["gradient_norm"] > 0
     assert scraped["elip_memory_peak_bytes", ""] == line["memory_peak_bytes"]
     assert 2**20 < line["memory_used_bytes"] <= line["memory_peak_bytes"] * 1.01

@@ -21,6 +21,7 @@ TRAINING = """
 import json, os, sys, time
 folder, fits, micro, world, total = sys.argv[1], *map(int, sys.argv[2:])
 open(f"{folder}/tried", "a").write(f"{micro}\\n")
+open(f"{folder}/told", "a").write(os.environ["ELIP_DS_OUT_OF_MEMORY_RETRIES"] + "\\n")
 if micro > fits:
     os.makedirs(f"{folder}/memory", exist_ok=True)
     for rank in (1, 0):
@@ -59,6 +60,7 @@ def test_a_run_that_fits_is_started_once_and_its_status_is_handed_on(tmp_path):
 def test_after_memory_ran_out_the_next_smaller_divisor_is_tried(tmp_path):
     assert supervise(command_for(tmp_path, fits=9), tmp_path, retries=2) == 0
     assert tried(tmp_path) == [32, 16, 8]
+    assert (tmp_path / "told").read_text().split() == ["0", "1", "2"]  # which the metrics show
 
 
 def test_the_answer_that_ran_out_of_memory_is_forgotten_and_no_other(tmp_path, monkeypatch):
