@@ -104,7 +104,7 @@ class StepTracer:
         self._gathering: Gathering | None = None
         if zero.stage == 3:
             for number, parameter in enumerate(self.task.parameters()):
-                # As DeepSpeed marks them; see towers/words.py.
+                # As DeepSpeed marks them; see towers/word_table.py.
                 parameter.ds_id = number  # type: ignore[attr-defined]
         if setting.device != "cpu":
             for module in self.task.modules():

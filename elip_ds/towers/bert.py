@@ -26,7 +26,7 @@ from elip_ds.towers.layers import (
     init_std,
 )
 from elip_ds.towers.recompute import Run, again, check_recompute, keeping
-from elip_ds.towers.words import WordEmbedding
+from elip_ds.towers.word_table import WordEmbedding
 
 EPS = 1e-12
 

@@ -28,7 +28,9 @@ class WordEmbedding(nn.Embedding):
         shares = torch.is_grad_enabled() and self.weight.requires_grad
         shares = shares and not hasattr(self.weight, "ds_id")
         if decode:
-            shares = shares and not torch.is_autocast_enabled(x.device.type)
+            device = x.device.type
+            rounds = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            shares = shares and not rounds
             return F.linear(x, self._shared.table(self.weight) if shares else self.weight)
         if not shares:
             return super().forward(x)

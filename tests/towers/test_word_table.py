@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from elip_ds.towers.words import WordEmbedding
+from elip_ds.towers.word_table import WordEmbedding
 
 WORDS, WIDTH = 11, 8
 IDS = (torch.tensor([[3, 3, 5, 3, 3, 7]]), torch.tensor([[5, 0], [10, 3]]))
