@@ -306,6 +306,10 @@ class OptimConfig:
     "What the peak is multiplied by: none, or linear or sqrt of global batch / base_batch_size."
     base_batch_size: int | None = None
     "Samples per step that optim.lr was found at, for lr_rule."
+    lamb_above: int | None = None
+    "Global batch above which LAMB takes AdamW's place; null: never."
+    lamb_lr: float | None = None
+    "In its place optim.lr where LAMB has come in; lr_rule goes for it as well."
 
     def __post_init__(self) -> None:
         _require(self.name in ("adamw", "lamb"), f"optim.name={self.name!r}: choose adamw or lamb")
@@ -333,6 +337,15 @@ class OptimConfig:
         )
         for name, factor in self.multipliers.items():
             _require(factor >= 0, f"optim.multipliers.{name}={factor}: 0 or above")
+        _require(
+            self.lamb_above is None or self.lamb_above >= 1,
+            f"optim.lamb_above={self.lamb_above}: a global batch, 1 or more, or null",
+        )
+        _require(
+            self.lamb_lr is None or (self.lamb_above is not None and self.lamb_lr > 0),
+            f"optim.lamb_lr={self.lamb_lr}: above 0, with optim.lamb_above; for LAMB in any case "
+            "set optim.name=lamb and optim.lr",
+        )
         _require(self.clip_norm >= 0, f"optim.clip_norm={self.clip_norm}: 0 (off) or above")
 
 

@@ -31,7 +31,7 @@ from elip_ds.engine.fused import Place, choose_kernels, swap_layer_norms
 from elip_ds.engine.lamb import Lamb, bind_lamb, check_lamb
 from elip_ds.engine.optim import build_optimizer
 from elip_ds.engine.prefetch import Prefetcher
-from elip_ds.engine.schedule import learning_rate, scale_lr
+from elip_ds.engine.schedule import learning_rate, settle_optim
 from elip_ds.engine.sharding import gather_whole, local_tensor, refresh, shard_of
 from elip_ds.engine.weights import read_tensors
 from elip_ds.errors import UserError
@@ -78,21 +78,20 @@ class Engine:
         self.on_lap: Callable[[str], None] = lambda part: None
         "Told each part of a step, as StepRecord.seconds names them, that has just ended."
         self._ahead: Prefetcher | None = None
+        self._optim = settle_optim(config.optim, plan.global_batch_size)
         self.ds_config = fill_ds_config(
-            ds_tree, engine=config.engine, optim=config.optim, plan=plan, device=run.device
+            ds_tree, engine=config.engine, optim=self._optim, plan=plan, device=run.device
         )
         fit_buckets(self.ds_config, sum(p.numel() for p in task.parameters() if p.requires_grad))
         if run.first:
             run.write_text(run.dir / "ds_config.json", json.dumps(self.ds_config, indent=1))
         check_compile(config.engine.compile, self.stage)
-        if config.optim.name == "lamb":
+        if self._optim.name == "lamb":
             check_lamb(self.ds_config)
-        self._optim = scale_lr(config.optim, plan.global_batch_size)
-        if config.optim.lr_rule != "none":
+        if self._optim != config.optim:
             log.info(
-                "peak learning rate %.4g: optim.lr=%g by the %s rule, batch %d over %d",
-                *(self._optim.lr, config.optim.lr, config.optim.lr_rule),
-                *(plan.global_batch_size, config.optim.base_batch_size),
+                "%s, peak learning rate %.4g (optim.lr=%g), for batch %d",
+                *(self._optim.name, self._optim.lr, config.optim.lr, plan.global_batch_size),
             )
         if not list_checkpoints(self.folder):
             paths = [Path(path) for path in config.model.init_from]

@@ -7,12 +7,17 @@ from elip_ds.config import duration_in_samples
 from elip_ds.config.schema import OptimConfig, ScheduleConfig
 
 
-def scale_lr(optim: OptimConfig, global_batch_size: int) -> OptimConfig:
-    """optim with its rule applied: lr times (global batch / base) or the square root of that.
+def settle_optim(optim: OptimConfig, global_batch_size: int) -> OptimConfig:
+    """For this batch: LAMB where it is above lamb_above, and the rule of the learning rate applied,
+    lr times (global batch / base) or the square root of that.
 
     linear: Goyal et al., arXiv:1706.02677.  sqrt: for LAMB, You et al., arXiv:1904.00962. Only the
     peak moves: schedule.warmup_lr and schedule.min_lr stay as they are given.
     """
+    if optim.lamb_above is not None and global_batch_size > optim.lamb_above:
+        optim = dataclasses.replace(
+            optim, name="lamb", lr=optim.lamb_lr or optim.lr, lamb_above=None, lamb_lr=None
+        )
     if optim.lr_rule == "none":
         return optim
     assert optim.base_batch_size is not None

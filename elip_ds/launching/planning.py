@@ -12,7 +12,7 @@ from elip_ds.batching.sizes import show_bytes
 from elip_ds.config import Config, duration_in_samples, load_config
 from elip_ds.data.order import SourceSize
 from elip_ds.engine import json_batch, read_ds_config
-from elip_ds.engine.schedule import scale_lr
+from elip_ds.engine.schedule import settle_optim
 from elip_ds.errors import UserError
 from elip_ds.launching.forecast import Forecast
 from elip_ds.launching.node import left_free
@@ -68,13 +68,14 @@ def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dic
     shown = forecast.prediction(plan.micro_batch_size if plan else largest)
     record = _record(name, device, forecast, shown, free, largest, ranks)
     if plan is not None:
+        optim = settle_optim(config.optim, plan.global_batch_size)
         record |= {
             "micro_batch_size": plan.micro_batch_size,
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
             "global_batch_size": plan.global_batch_size,
-            "peak_learning_rate": scale_lr(config.optim, plan.global_batch_size).lr,
+            "peak_learning_rate": optim.lr,
             "lr_rule": config.optim.lr_rule,
-            "optimizer": config.optim.name,
+            "optimizer": optim.name,
             **_durations(config, plan.global_batch_size),
         }
     return record | {"notes": notes}

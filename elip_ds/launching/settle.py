@@ -20,7 +20,7 @@ from elip_ds.batching import Plan, choose_micro_batch, plan_batch
 from elip_ds.batching.plan import better_batches
 from elip_ds.config import Config, read_config
 from elip_ds.engine import json_batch
-from elip_ds.engine.schedule import scale_lr
+from elip_ds.engine.schedule import settle_optim
 from elip_ds.errors import UserError
 from elip_ds.launching.node import Node, answer_for_node, stretches
 from elip_ds.run import CONFIG, Run, list_checkpoints
@@ -161,6 +161,7 @@ def _decide(config: Config, run: Run, asked: tuple[int | str, int | str]) -> dic
 
 
 def _record(config: Config, plan: Plan, answers: dict[str, Any]) -> dict[str, Any]:
+    optim = settle_optim(config.optim, plan.global_batch_size)
     return {
         "schema": SCHEMA,
         "created": time.time(),
@@ -168,8 +169,8 @@ def _record(config: Config, plan: Plan, answers: dict[str, Any]) -> dict[str, An
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "world_size": plan.world_size,
         "global_batch_size": plan.global_batch_size,
-        "optimizer": config.optim.name,
-        "peak_learning_rate": scale_lr(config.optim, plan.global_batch_size).lr,
+        "optimizer": optim.name,
+        "peak_learning_rate": optim.lr,
         "lr_rule": config.optim.lr_rule,
         "later": [
             {"keep_ratios": list(ratios), "micro_batch_size": size}

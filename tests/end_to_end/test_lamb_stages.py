@@ -110,3 +110,12 @@ def test_what_lamb_cannot_do_and_states_of_another_optimizer_are_refused(start, 
     job = start("plain", *LAMB, *words, json="z0", model="clip").finish(ok=False)
     assert job.codes == [2, 2]
     assert "saved by the optimizer lamb (torch)" in job.output[0].splitlines()[-1]
+
+
+def test_lamb_above_a_stated_batch_is_lamb(start, plain):
+    """The run of `plain`, whose batch of 8 is above 7."""
+    words = [word for word in LAMB if not word.startswith(("optim.name", "optim.lr="))]
+    switch = ("optim.lr=0.1", "optim.lamb_above=7", "optim.lamb_lr=0.005")
+    job = start("switched", *words, *switch, json="z0", model="clip").finish()
+    assert job.losses() == plain.losses()
+    assert json.loads((job.dir / "plan.json").read_text())["optimizer"] == "lamb"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from elip_ds.config.schema import OptimConfig, ScheduleConfig
 from elip_ds.engine import due
-from elip_ds.engine.schedule import learning_rate, scale_lr
+from elip_ds.engine.schedule import learning_rate, settle_optim
 
 OPTIM = OptimConfig(lr=1e-3)
 SCHEDULE = ScheduleConfig(length="1000 samples", warmup="200 samples", warmup_lr=1e-5, min_lr=1e-4)
@@ -108,11 +108,11 @@ def test_it_rises_in_the_warm_up_and_falls_after(samples_seen):
 )
 def test_the_peak_follows_the_batch_and_the_ends_do_not(rule, batch_size, peak):
     base = None if rule == "none" else 256
-    optim = scale_lr(replace(OPTIM, lr_rule=rule, base_batch_size=base), batch_size)
+    optim = settle_optim(replace(OPTIM, lr_rule=rule, base_batch_size=base), batch_size)
     rates = [learning_rate(seen, optim, SCHEDULE, 100) for seen in range(1001)]
     assert max(rates) == rates[200] == pytest.approx(peak, rel=1e-12)
     assert rates[0] == SCHEDULE.warmup_lr and rates[1000] == pytest.approx(SCHEDULE.min_lr)
-    assert scale_lr(optim, batch_size) == optim  # nobody applies it twice
+    assert settle_optim(optim, batch_size) == optim  # nobody applies it twice
 
 
 @given(every=st.integers(1, 50), steps=st.lists(st.integers(1, 120), max_size=60))
@@ -133,3 +133,15 @@ def test_steps_within_the_interval_meet_each_multiple_once(every, step, count):
 
 def test_an_interval_of_nothing_is_due_at_every_step():
     assert due(8, 8, 0) and due(16, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "name", "lr"), [(4096, "adamw", 1e-4), (4097, "lamb", 2e-3)]
+)
+def test_lamb_comes_in_above_a_stated_batch(batch_size, name, lr):
+    optim = replace(OPTIM, lr=1e-4, lamb_above=4096, lamb_lr=2e-3)
+    settled = settle_optim(optim, batch_size)
+    assert (settled.name, settled.lr) == (name, lr)
+    scaled = settle_optim(replace(optim, lr_rule="sqrt", base_batch_size=1024), batch_size)
+    assert scaled.lr == pytest.approx(lr * (batch_size / 1024) ** 0.5)
+    assert settle_optim(settled, batch_size) == settled
