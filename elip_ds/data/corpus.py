@@ -118,7 +118,7 @@ def _captions(sources: Sequence[Source], fetcher: Fetcher) -> Iterator[str]:
     for source in sources:
         for shard in source.shards:
             with suppress(BadShard, TimeoutError):
-                reader = fetcher.patience(ShardReader, fetcher.local(shard))
+                reader = fetcher.use(shard, ShardReader)
                 for i in range(len(reader)):
                     with suppress(BadSample):
                         yield from fetcher.patience(reader.captions, i)

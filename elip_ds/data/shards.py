@@ -112,7 +112,7 @@ def expand_files(pattern: str, key: str) -> list[Path]:
 
 
 def _is_shard(path: Path) -> bool:
-    return path.exists() and not path.is_dir()
+    return os.path.exists(path) and not os.path.isdir(path)  # a Path raises for too long a name
 
 
 class Counted(NamedTuple):
@@ -159,7 +159,7 @@ def _count(shard: Shard, entry: Any, key: str, fetcher: Fetcher) -> tuple[int, b
         case {"samples": int(count), "bytes": size} if size >= shard.stat().st_size:  # type: ignore[union-attr]
             return count, size > shard.stat().st_size  # type: ignore[union-attr]
     try:
-        scan = fetcher.patience(scan_shard, fetcher.local(shard))
+        scan = fetcher.use(shard, scan_shard)
     except BadShard as error:
         raise UserError(f"{key}: shard {shard} is damaged or no tar: {error}") from None
     except TimeoutError as error:
