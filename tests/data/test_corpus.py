@@ -54,7 +54,8 @@ def test_a_file_server_that_does_not_answer_at_the_start_is_one_line(
 ) -> None:
     answer = threading.Event()
     monkeypatch.setattr(corpus, "expand_shards", lambda pattern, key: answer.wait(20))
-    line = rf"^data.train={re.escape(config.train[0].shards)} cannot be listed: no answer within 0.1 s "
+    name = re.escape(config.train[0].shards)
+    line = rf"^data.train={name} cannot be listed: no answer within 0.1 s "
     with pytest.raises(UserError, match=line):
         open_sources(replace(config, time_limit_seconds=0.1), run)
     answer.set()
