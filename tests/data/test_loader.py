@@ -149,6 +149,18 @@ def test_it_knows_the_data_of_its_checkpoint(config: DataConfig, run: Run) -> No
         loader.check_state({"samples": [29]})
 
 
+def test_as_many_samples_in_other_shards_are_other_data(run: Run, tmp_path: Path) -> None:
+    """The order is drawn from the shards' sizes."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, per_shard in ((a, 5), (b, 4)):
+        write_shards(map(record, range(12)), folder, "x", per_shard=per_shard)
+    one, other = (
+        train(data_config(folder / "x-*.tar", folder / "x-*.tar"), run) for folder in (a, b)
+    )
+    with pytest.raises(UserError, match=r"^data.train holds as many samples .* of other sizes"):
+        other.check_state(one.state())
+
+
 def test_images_may_be_higher_than_wide(config: DataConfig, run: Run) -> None:
     for resize, scale in (("squash", [0.3, 1.0]), ("center_crop", None)):
         changed = replace(config, resize=resize, crop_scale=scale)
