@@ -44,16 +44,23 @@ def is_remote(name: str) -> bool:
 
 
 def glob_remote(name: str, key: str) -> list[str]:
-    """What a remote name with wildcards stands for; itself if it has none. Raises UserError."""
-    if name.startswith("pipe:") or not glob.has_magic(name):
+    """What a remote name with wildcards stands for; itself if it has none. Raises UserError, also
+    when it stands for nothing.
+    """
+    # Behind the ? of a web address is a signature, say.
+    pattern = name.partition("?")[0] if name.startswith(("http://", "https://")) else name
+    if name.startswith("pipe:") or not glob.has_magic(pattern):
         return [name]
     import fsspec
 
     try:
         system, path = fsspec.core.url_to_fs(name)
-        return [system.unstrip_protocol(found) for found in sorted(system.glob(path))]
+        matches = [system.unstrip_protocol(found) for found in sorted(system.glob(path))]
     except Exception as error:  # every file system has errors of its own
         raise UserError(f"{key}={name} cannot be listed: {_line(error)}") from None
+    if not matches:
+        raise UserError(f"{key}: no file matches {name}")
+    return matches
 
 
 class Fetcher:

@@ -24,7 +24,7 @@ from elip_ds.data import fetch, open_sources
 from elip_ds.data.fetch import Fetcher
 from elip_ds.data.patience import Patience
 from elip_ds.data.record import BadShard
-from elip_ds.data.shards import INDEX, write_shards
+from elip_ds.data.shards import INDEX, expand_shards, write_shards
 from elip_ds.errors import UserError
 
 
@@ -297,6 +297,18 @@ def test_remote_shards_give_the_batches_of_local_ones(
     for one, other in zip(take(a, 4), take(b, 4), strict=True):
         assert [k.partition("/")[2] for k in one.keys] == [k.partition("/")[2] for k in other.keys]
         assert same(one, other)
+
+
+def test_a_remote_pattern_that_stands_for_nothing_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=rf"^data.train: no file matches file://{tmp_path}/x-\*.tar$"
+    ):
+        expand_shards(f"file://{tmp_path}/x-*.tar", "data.train")
+
+
+def test_the_question_mark_of_a_web_address_is_no_wildcard() -> None:
+    name = "https://host.test/x.tar?signature=a*b"
+    assert expand_shards(name, "data.train") == [name]
 
 
 def test_an_index_spares_the_copies_at_the_start(tmp_path: Path, there: Path) -> None:
