@@ -76,7 +76,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="another one draws other samples")
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: 0 or more")
+    if args.number < 1:
+        raise UserError(f"--number {args.number}: 1 or more")
+    return args
 
 
 def expected(paths: list[Path]) -> int:

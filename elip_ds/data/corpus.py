@@ -57,10 +57,18 @@ def open_sources(config: DataConfig, run: Run) -> dict[str, list[Source]]:
             found: UserError | tuple[Sequence[Shard], Counted] | None = None
             if dist.rank() == 0:
                 try:
-                    listed = [*builtin[split]] if is_builtin else expand_shards(entry.shards, key)
+                    listed = (
+                        [*builtin[split]]
+                        if is_builtin
+                        else fetcher.patience(expand_shards, entry.shards, key)
+                    )
                     found = listed, count_samples(listed, key, fetcher, entry.index)
                 except UserError as error:
                     found = error
+                except TimeoutError as error:
+                    found = UserError(
+                        f"{key}={entry.shards} cannot be listed: {error} (data.time_limit_seconds)"
+                    )
             found = dist.gather_objects(found)[0]
             if isinstance(found, UserError):
                 raise found
@@ -118,7 +126,7 @@ def _captions(sources: Sequence[Source], fetcher: Fetcher) -> Iterator[str]:
     for source in sources:
         for shard in source.shards:
             with suppress(BadShard, TimeoutError):
-                reader = fetcher.patience(ShardReader, fetcher.local(shard))
+                reader = fetcher.use(shard, ShardReader)
                 for i in range(len(reader)):
                     with suppress(BadSample):
                         yield from fetcher.patience(reader.captions, i)

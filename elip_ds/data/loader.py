@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from elip_ds import dist
 from elip_ds.config.schema import DataConfig
-from elip_ds.data.batch import Batch, Skipped
+from elip_ds.data.batch import Batch, Skipped, stable_hash
 from elip_ds.data.corpus import Source
 from elip_ds.data.order import Place, SampleOrder, rank_batches
 from elip_ds.data.pairs import PairDataset
@@ -138,14 +138,24 @@ class TrainLoader:
 
     def state(self) -> dict[str, Any]:
         """What the data must still look like for a saved position to mean the same."""
-        return {"samples": [source.samples for source in self.order.sources]}
+        sources = self.order.sources
+        return {
+            "samples": [source.samples for source in sources],
+            "shards": [stable_hash(str(source.shards)) for source in sources],
+        }
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises UserError when the training data are not those of the checkpoint."""
-        if state != self.state():
+        here = self.state()
+        if state["samples"] != here["samples"]:
             raise UserError(
-                f"data.train holds {self.state()['samples']} samples, the checkpoint's run had "
+                f"data.train holds {here['samples']} samples, the checkpoint's run had "
                 f"{state['samples']}: its position has no meaning there"
+            )
+        if "shards" in state and state["shards"] != here["shards"]:  # older checkpoints lack it
+            raise UserError(
+                "data.train holds as many samples as the checkpoint's run had, in shards of other "
+                "sizes: its position has no meaning there"
             )
 
 

@@ -3,6 +3,7 @@
 A sample that cannot be used is replaced by the next one of its source, and named in the batch.
 """
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -26,8 +27,18 @@ from elip_ds.errors import UserError
 
 OPEN_SHARDS = 32
 "Shards that one worker keeps open, or as many as are shuffled among each other if that is more."
+AGAIN_SECONDS = 300.0
+"Until a shard that could not be read is tried again."
 BAD_IN_A_ROW = 100
 "Neighbours that are tried before a source counts as useless."
+
+
+class Failed(NamedTuple):
+    """In place of a shard's reader. kind, reason: as of a BadShard.  until: monotonic seconds."""
+
+    reason: str
+    kind: str
+    until: float
 
 
 class Pair(NamedTuple):
@@ -59,7 +70,7 @@ class PairDataset(Dataset):
         self.image_size, self.seed, self.augment = image_size, seed, augment
         self._starts = [np.cumsum([0, *source.counts]) for source in self.sources]
         self._open_shards = max(OPEN_SHARDS, (config.shuffle_shards + 1) * len(self.sources))
-        self._readers: dict[Shard, ShardReader | BadShard] = {}
+        self._readers: dict[Shard, ShardReader | Failed] = {}
         self._fetcher = build_fetcher(config)
         self._patience = self._fetcher.patience
         self._scan = partial(scan_once, folder=self._fetcher.folder / "headers")
@@ -127,16 +138,18 @@ class PairDataset(Dataset):
         return shard, sample - int(starts[shard])
 
     def _reader(self, source: Source, number: int) -> ShardReader:
-        """Raises BadShard; what failed once is tried again when others have been used since."""
+        """Raises BadShard, also for a while after a failure."""
         shard, count = source.shards[number], source.counts[number]
-        reader = self._readers.pop(shard, None) or self._open(shard)
+        reader = self._readers.pop(shard, None)
+        if reader is None or (isinstance(reader, Failed) and time.monotonic() > reader.until):
+            reader = self._open(shard)
         self._readers[shard] = reader  # most recently used last
         if len(self._readers) > self._open_shards:
             oldest = self._readers.pop(next(iter(self._readers)))
             if isinstance(oldest, ShardReader):
                 oldest.close()
-        if isinstance(reader, BadShard):
-            raise reader
+        if isinstance(reader, Failed):
+            raise BadShard(reader.reason, reader.kind)
         if len(reader) > count or (len(reader) < count and reader.whole):
             raise UserError(
                 f"data: shard {shard} holds {len(reader)} samples, counted were {count}; it was "
@@ -144,19 +157,17 @@ class PairDataset(Dataset):
             )
         return reader
 
-    def _open(self, shard: Shard) -> ShardReader | BadShard:
+    def _open(self, shard: Shard) -> ShardReader | Failed:
         try:
-            # A copy has limits of its own, byte by byte.
-            path = self._fetcher.local(shard)
-            return self._patience(ShardReader, path, self._scan)
+            return self._fetcher.use(shard, partial(ShardReader, scan=self._scan))
         except BadShard as error:
-            return error
+            return _failed(str(error), error.kind)
         except TimeoutError as error:
-            return BadShard(str(error), "slow")
+            return _failed(str(error), "slow")
 
     def _give_up(self, shard: Shard, reason: str) -> None:
         """Its reader is left to the thread that still waits for it."""
-        self._readers[shard] = BadShard(reason, "slow")
+        self._readers[shard] = _failed(reason, "slow")
 
     def _pair(self, record: Record, place: Place) -> Pair:
         key = f"{place.source}/{record.key}"
@@ -174,3 +185,7 @@ class PairDataset(Dataset):
             whole = Image.fromarray(image.pixels())
             pixels = eval_image(whole, self.image_size, self.config.resize)
         return Pair(pixels, self.tokenizer(caption), sample_key, key)
+
+
+def _failed(reason: str, kind: str) -> Failed:
+    return Failed(reason, kind, time.monotonic() + AGAIN_SECONDS)

@@ -29,13 +29,22 @@ class Patience:
         self._calls.put((function, args))
         try:
             value, error = self._results.get(timeout=self.seconds)
-        except queue.Empty:
-            self._calls.put(None)  # should it ever return, it ends
-            self._process = -1
+        except BaseException as error:  # an interrupt, too: its answer is not the next call's
+            self._leave()
+            if not isinstance(error, queue.Empty):
+                raise
             raise TimeoutError(f"no answer within {self.seconds:g} s") from None
         if error is not None:
             raise error
         return value
+
+    def _leave(self) -> None:
+        """The thread ends as soon as it is done with what it was last asked."""
+        if self._process == os.getpid():
+            self._calls.put(None)
+            self._process = -1
+
+    __del__ = _leave
 
     def _start(self) -> None:
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -94,7 +94,7 @@ def expand_shards(pattern: str, key: str) -> list[Shard]:
             raise UserError(f"{key}: no file matches {name}")
         found += [Path(match) for match in matches]
     missing = [path for path in found if isinstance(path, Path) and not _is_shard(path)]
-    if missing and missing[0].is_dir():
+    if missing and os.path.isdir(missing[0]):
         raise UserError(f"{key}: {missing[0]} is a folder; name its shards, {missing[0]}/*.tar")
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -112,7 +112,7 @@ def expand_files(pattern: str, key: str) -> list[Path]:
 
 
 def _is_shard(path: Path) -> bool:
-    return path.exists() and not path.is_dir()
+    return os.path.exists(path) and not os.path.isdir(path)  # a Path raises for too long a name
 
 
 class Counted(NamedTuple):
@@ -138,7 +138,7 @@ def count_samples(
         folder = os.path.dirname(str(shard))
         if folder not in indexes:
             indexes[folder] = (
-                read_index(Path(folder))
+                _read_local_index(Path(folder), key, fetcher)
                 if isinstance(shard, Path)
                 else _read_remote_index(folder, index, fetcher)
             )
@@ -156,10 +156,13 @@ def _count(shard: Shard, entry: Any, key: str, fetcher: Fetcher) -> tuple[int, b
     match entry:
         case {"samples": int(count)} if isinstance(shard, str):
             return count, False  # what is there now shows when it is read
-        case {"samples": int(count), "bytes": size} if size >= shard.stat().st_size:  # type: ignore[union-attr]
-            return count, size > shard.stat().st_size  # type: ignore[union-attr]
+        case {"samples": int(count), "bytes": int(size)} if isinstance(shard, Path):
+            with contextlib.suppress(OSError):  # what is the matter the scan says
+                there = fetcher.patience(os.path.getsize, shard)
+                if size >= there:
+                    return count, size > there
     try:
-        scan = fetcher.patience(scan_shard, fetcher.local(shard))
+        scan = fetcher.use(shard, scan_shard)
     except BadShard as error:
         raise UserError(f"{key}: shard {shard} is damaged or no tar: {error}") from None
     except TimeoutError as error:
@@ -175,10 +178,19 @@ def _file_name(shard: Shard) -> str:
     return os.path.basename(next((w for w in words if w.endswith(".tar")), words[-1]))
 
 
+def _read_local_index(folder: Path, key: str, fetcher: Fetcher) -> dict[str, Any]:
+    try:
+        return fetcher.patience(read_index, folder)
+    except TimeoutError as error:
+        raise UserError(
+            f"{key}: {folder / INDEX} cannot be read: {error} (data.time_limit_seconds)"
+        ) from None
+
+
 def _read_remote_index(folder: str, name: str | None, fetcher: Fetcher) -> dict[str, Any]:
     if name is None and folder.startswith("pipe:"):
         return {}
-    with contextlib.suppress(BadShard, ValueError):
+    with contextlib.suppress(BadShard, ValueError, RecursionError):
         index = json.loads(fetcher.read(name or f"{folder}/{INDEX}"))
         return index if isinstance(index, dict) else {}
     return {}
@@ -186,7 +198,7 @@ def _read_remote_index(folder: str, name: str | None, fetcher: Fetcher) -> dict[
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The folder's index, empty where there is none to use."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         index = json.loads((folder / INDEX).read_text())
         return index if isinstance(index, dict) else {}
     return {}

@@ -1,5 +1,7 @@
 """Sources found and counted; the vocabulary given or learned, and kept with the run."""
 
+import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 from made_shards import VOCABULARY, data_config, make_run, record, write_tar
 
 from elip_ds.config.schema import BuiltinConfig, DataConfig, ShardSource
-from elip_ds.data import Vocabulary, build_vocabulary, open_sources, read_vocabulary
+from elip_ds.data import Vocabulary, build_vocabulary, corpus, open_sources, read_vocabulary
 from elip_ds.data.builtin import builtin_shards
 from elip_ds.data.shards import write_shards
 from elip_ds.data.sources.synthetic import MIN_IMAGE_SIZE
@@ -45,6 +47,18 @@ def test_an_error_names_the_source(config: DataConfig, run: Run, tmp_path: Path)
         open_sources(replace(config, train=two), run)
     with pytest.raises(UserError, match=r"^data\.val: no file matches"):
         open_sources(replace(config, val=two[1:]), run)
+
+
+def test_a_file_server_that_does_not_answer_at_the_start_is_one_line(
+    config: DataConfig, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+    monkeypatch.setattr(corpus, "expand_shards", lambda pattern, key: answer.wait(20))
+    name = re.escape(config.train[0].shards)
+    line = rf"^data.train={name} cannot be listed: no answer within 0.1 s "
+    with pytest.raises(UserError, match=line):
+        open_sources(replace(config, time_limit_seconds=0.1), run)
+    answer.set()
 
 
 def test_the_built_in_scenes_are_written_once(tmp_path: Path, run: Run) -> None:

@@ -1,15 +1,20 @@
 """Remote shards: copied whole, once, within a limit; what fails is tried again and then named."""
 
+import errno
 import http.server
+import io
 import json
 import multiprocessing
+import os
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
 import pytest
 from made_shards import data_config, make_run, record, same, take
 from made_shards import make_loaders as loaders
@@ -19,7 +24,7 @@ from elip_ds.data import fetch, open_sources
 from elip_ds.data.fetch import Fetcher
 from elip_ds.data.patience import Patience
 from elip_ds.data.record import BadShard
-from elip_ds.data.shards import INDEX, write_shards
+from elip_ds.data.shards import INDEX, expand_shards, write_shards
 from elip_ds.errors import UserError
 
 
@@ -113,6 +118,120 @@ def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
     assert "sleep 1000" not in told.splitlines()
 
 
+@pytest.mark.parametrize(
+    "command", ["echo a; exec >&-; sleep 1000.5", "echo a; setsid sleep 3 & echo b"]
+)
+def test_a_command_that_does_not_end_is_left_behind(tmp_path: Path, command: str) -> None:
+    """One says that all is there and stays; of one a child that is out of reach keeps the pipe."""
+    start = time.monotonic()
+    with pytest.raises(BadShard) as caught:
+        fetcher(tmp_path, seconds=0.2, retries=0).fetch(f"pipe:{command}")
+    assert caught.value.kind == "slow" and time.monotonic() - start < 2.5
+    assert copies(tmp_path) == []
+
+
+def test_a_read_that_hangs_keeps_nobody_from_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing a buffered file waits for the thread that reads it."""
+    ours, theirs = os.pipe()
+    opened = open(ours, "rb")  # noqa: SIM115
+    monkeypatch.setattr(fsspec, "open", lambda name, mode: SimpleNamespace(open=lambda: opened))
+    with pytest.raises(BadShard) as caught:
+        fetcher(tmp_path, seconds=0.2, retries=0).fetch("file:///x.tar")
+    assert caught.value.kind == "slow"
+    os.close(theirs)  # now it returns
+
+
+class FullDisk(io.BytesIO):
+    """Has room for 1500 bytes, and then for what was asked to go."""
+
+    def __init__(self, room: list[int]) -> None:
+        super().__init__()
+        self.room = room
+
+    def write(self, data: "memoryview") -> int:  # type: ignore[override]
+        if self.room[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = min(self.room[0], len(data))
+        self.room[0] -= taken
+        return super().write(bytes(data[:taken]))
+
+
+def test_a_chunk_goes_on_where_the_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bytes(range(250)) * 10
+    (tmp_path / "x.tar").write_bytes(whole)
+    room, copy = [1500], fetcher(tmp_path)
+
+    def make_room(wanted: int, limit: int) -> bool:
+        assert (wanted, limit) == (1000, 0)
+        room[0] = 5000
+        return True
+
+    monkeypatch.setattr(copy, "_make_room", make_room)
+    file = FullDisk(room)
+    copy._write(f"file://{tmp_path}/x.tar", file)  # type: ignore[arg-type]
+    assert file.getvalue() == whole
+
+
+def test_what_a_killed_process_began_is_deleted(tmp_path: Path) -> None:
+    copy = fetcher(tmp_path)
+    copy.fetch("pipe:echo a")
+    left = tmp_path / "here" / ".0123-x.tar.partial"
+    left.write_text("a beginning")
+    copy.fetch("pipe:echo b")
+    assert not left.exists()
+
+
+def test_what_another_process_copies_is_left_alone(tmp_path: Path) -> None:
+    wait = f"while [ ! -e {tmp_path}/end ]; do sleep 0.05; done"
+    args = (fetcher(tmp_path), f"pipe:echo a; touch {tmp_path}/began; {wait}")
+    process = multiprocessing.get_context("fork").Process(target=_fetch, args=args)
+    process.start()
+    while not (tmp_path / "began").exists():
+        time.sleep(0.01)
+    fetcher(tmp_path).fetch("pipe:echo b")
+    assert len(list((tmp_path / "here").glob(".*.partial"))) == 1
+    (tmp_path / "end").touch()
+    process.join(30)
+    assert process.exitcode == 0 and len(copies(tmp_path)) == 2
+
+
+def test_a_copy_that_made_room_before_it_was_open_is_made_again(tmp_path: Path) -> None:
+    copy, seen = fetcher(tmp_path), []
+
+    def read(path: Path) -> str:
+        seen.append(path)
+        if len(seen) < 3:
+            path.unlink()
+            raise BadShard("it is gone", "missing")
+        return path.read_text()
+
+    assert copy.use("pipe:echo ok", read) == "ok\n" and len(seen) == 3
+    seen.clear()
+    (tmp_path / "x.tar").touch()
+    with pytest.raises(BadShard, match="it is gone"):  # a file of this machine nobody makes again
+        copy.use(tmp_path / "x.tar", read)
+    assert len(seen) == 1
+
+
+def test_using_a_copy_leaves_its_time_alone(tmp_path: Path) -> None:
+    """By it a note of the shard's headers is known."""
+    copy = fetcher(tmp_path)
+    made = copy.fetch("pipe:echo").stat().st_mtime_ns
+    assert copy.fetch("pipe:echo").stat().st_mtime_ns == made
+
+
+def test_a_limit_below_one_shard_keeps_the_last(tmp_path: Path) -> None:
+    copy = fetcher(tmp_path, gib=10 / 2**30)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").write_bytes(bytes(1000))
+        copy.fetch(f"file://{tmp_path}/{name}.tar")
+    assert copies(tmp_path) == ["b.tar"]
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "here").write_text("a file")
     with pytest.raises(UserError, match=rf"^data.cache.dir={tmp_path}/here: .*; name another"):
@@ -178,6 +297,18 @@ def test_remote_shards_give_the_batches_of_local_ones(
     for one, other in zip(take(a, 4), take(b, 4), strict=True):
         assert [k.partition("/")[2] for k in one.keys] == [k.partition("/")[2] for k in other.keys]
         assert same(one, other)
+
+
+def test_a_remote_pattern_that_stands_for_nothing_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=rf"^data.train: no file matches file://{tmp_path}/x-\*.tar$"
+    ):
+        expand_shards(f"file://{tmp_path}/x-*.tar", "data.train")
+
+
+def test_the_question_mark_of_a_web_address_is_no_wildcard() -> None:
+    name = "https://host.test/x.tar?signature=a*b"
+    assert expand_shards(name, "data.train") == [name]
 
 
 def test_an_index_spares_the_copies_at_the_start(tmp_path: Path, there: Path) -> None:

@@ -1,5 +1,6 @@
 """One scan of a shard's headers serves all who read it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,28 @@ def test_another_file_of_the_same_name_is_scanned_anew(shard: Path, tmp_path: Pa
     scan_once(shard, tmp_path / "notes")
     write_shards(map(record, range(3)), tmp_path, "x")
     assert len(scan_once(shard, tmp_path / "notes").entries) == 3
+
+
+def test_a_file_has_one_note_and_all_have_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = tmp_path / "notes"
+    for count in (5, 3):
+        (shard,) = write_shards(map(record, range(count)), tmp_path, "x")
+        scan_once(shard, notes)
+    (note,) = notes.iterdir()
+    monkeypatch.setattr(headers, "MOST_BYTES", 3 * note.stat().st_size)
+    for i in range(5):
+        write_shards(map(record, range(3)), tmp_path, f"y{i}")
+        scan_once(tmp_path / f"y{i}-000000.tar", notes)
+        assert sum(path.stat().st_size for path in notes.iterdir()) <= headers.MOST_BYTES
+    assert scan_once(shard, notes) == scan_shard(shard)
+
+
+def test_a_name_may_be_no_unicode(shard: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9 #1?.tar")
+    shard.rename(odd)
+    assert scan_once(odd, tmp_path / "notes") == scan_once(odd, tmp_path / "notes")
 
 
 @pytest.mark.parametrize("note", [b"", b"[true]", b'[true, [["a", {"png": [1]}]]]', b"\xff"])

@@ -25,7 +25,8 @@ from made_shards import (
 
 from elip_ds import dist
 from elip_ds.config.schema import DataConfig
-from elip_ds.data import Batch, TrainLoader, build_loaders, build_vocabulary, open_sources
+from elip_ds.data import Batch, TrainLoader, build_loaders, build_vocabulary, open_sources, pairs
+from elip_ds.data.record import BadShard
 from elip_ds.data.shards import INDEX, write_shards
 from elip_ds.data.vocabulary import KINDS
 from elip_ds.errors import UserError
@@ -146,6 +147,18 @@ def test_it_knows_the_data_of_its_checkpoint(config: DataConfig, run: Run) -> No
     loader.check_state(json.loads(json.dumps(loader.state())))
     with pytest.raises(UserError, match=r"data.train holds \[30\] samples, .* had \[29\]"):
         loader.check_state({"samples": [29]})
+
+
+def test_as_many_samples_in_other_shards_are_other_data(run: Run, tmp_path: Path) -> None:
+    """The order is drawn from the shards' sizes."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, per_shard in ((a, 5), (b, 4)):
+        write_shards(map(record, range(12)), folder, "x", per_shard=per_shard)
+    one, other = (
+        train(data_config(folder / "x-*.tar", folder / "x-*.tar"), run) for folder in (a, b)
+    )
+    with pytest.raises(UserError, match=r"^data.train holds as many samples .* of other sizes"):
+        other.check_state(one.state())
 
 
 def test_images_may_be_higher_than_wide(config: DataConfig, run: Run) -> None:
@@ -422,3 +435,32 @@ def test_few_shards_stay_open(tmp_path: Path, run: Run) -> None:
     loader = train(data_config(tmp_path / "x-*.tar", tmp_path / "x-000000.tar"), run, micro=70)
     assert sorted(numbers(next(loader))) == list(range(70))
     assert len(loader.dataset._readers) == 32
+
+
+def test_a_shard_that_failed_is_tried_again_after_a_while(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few shards there are, so that none is pushed out."""
+    _, away = write_shards(map(record, range(10)), tmp_path, "x", per_shard=5)
+    words = ("data.workers=0", "data.max_bad_share=0.9")
+    loader = train(data_config(tmp_path / "x-*.tar", tmp_path / "x-*.tar", *words), run, micro=10)
+    away.rename(tmp_path / "away")
+    assert len(next(loader).skipped) == 5
+    (tmp_path / "away").rename(away)
+    assert len(next(loader).skipped) == 5
+    monkeypatch.setattr(pairs, "AGAIN_SECONDS", 0.0)
+    loader.dataset._give_up(away, "made to forget")
+    assert not next(loader).skipped
+
+
+def test_a_shard_that_fails_again_and_again_takes_no_memory(tmp_path: Path, run: Run) -> None:
+    """An error that is raised anew grows by a traceback each time, with all that it refers to."""
+    shards = write_shards(map(record, range(10)), tmp_path, "x", per_shard=5)
+    loader = train(data_config(tmp_path / "x-*.tar", shards[0]), run)
+    shards[1].unlink()
+    depths = []
+    for _ in range(3):
+        with pytest.raises(BadShard) as caught:
+            loader.dataset._reader(loader.dataset.sources[0], 1)
+        depths.append(len(caught.traceback))
+    assert len(set(depths)) == 1

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 from pathlib import Path
 
@@ -31,6 +32,31 @@ def test_a_call_that_hangs_is_left_behind(tmp_path: Path) -> None:
     stuck.join(10)
     assert not stuck.is_alive()
     os.close(end)
+
+
+def test_the_answer_to_an_interrupted_call_is_dropped() -> None:
+    patience, go_on = Patience(5), threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            patience(lambda: go_on.wait(5))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    go_on.set()
+    assert patience(len, "abc") == 3
+
+
+def test_the_thread_ends_with_its_owner() -> None:
+    patience = Patience(5)
+    thread = patience(threading.current_thread)
+    del patience
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def _fork(patience: Patience) -> None:

@@ -1,6 +1,7 @@
 """Records into tar shards and back; what is wrong with a shard is said in one line."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def test_a_fitting_index_is_believed(shard: Path) -> None:
     [
         '{"train-000000.tar": {"samples": 99, "bytes": 1}}',
         '{"train-000000.tar": {"samples": "99"}}',
+        '{"train-000000.tar": {"samples": 99, "bytes": null}}',
         '{"train-000000.tar": 99}',
         "{}",
         "[]",
@@ -129,6 +131,21 @@ def test_a_fitting_index_is_believed(shard: Path) -> None:
 def test_an_index_that_does_not_fit_is_ignored(shard: Path, text: str) -> None:
     (shard.parent / INDEX).write_text(text, encoding="latin-1")
     assert count([shard], "data.train") == [6]
+
+
+def test_an_index_that_does_not_answer_is_one_line(shard: Path) -> None:
+    index = shard.parent / INDEX
+    index.unlink()
+    os.mkfifo(index)
+    fetcher = build_fetcher(DataConfig(time_limit_seconds=0.2))
+    with pytest.raises(UserError, match=rf"^data.train: {index} cannot be read: no answer within"):
+        count_samples([shard], "data.train", fetcher)
+    os.close(os.open(index, os.O_RDWR))  # now the thread that was left behind ends
+
+
+def test_a_name_that_no_file_can_have_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^data.train: shard a+\.tar does not exist$"):
+        expand_shards("a" * 300 + ".tar", "data.train")
 
 
 def test_a_missing_index_is_done_without(shard: Path) -> None:

@@ -68,6 +68,8 @@ def test_a_sheet_is_written(tool: Any, folder: Path, tmp_path: Path, name: str) 
     [
         (["none-*.tar"], "shards: no file matches none-*.tar"),
         (["x", "--sheet", "x.pdf"], "--sheet x.pdf: a name that ends in .html or .png"),
+        (["x", "--workers", "-1"], "--workers -1: 0 or more"),
+        (["x", "--number", "0"], "--number 0: 1 or more"),
         (["x", "--sheets", "x"], "unrecognized arguments: --sheets x; see --help"),
     ],
 )

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -97,7 +98,8 @@ def _plan(job: Job) -> Listing:
     plan |= {"samples": listing.samples, "digest": listing.digest}
     path = job.state / "plan.json"
     old = json.loads(path.read_bytes()) if path.is_file() else None
-    found = sorted(job.folder.glob(f"{job.prefix}-[0-9]*.tar"))
+    series = re.compile(re.escape(job.prefix) + r"-[0-9]+\.tar")  # a-1-000000.tar is not one of a's
+    found = sorted(path for path in job.folder.glob("*.tar") if series.fullmatch(path.name))
     if not found:  # an earlier start went no further than its faults
         hashes = [] if old == plan else job.state.glob("*.npy")
         _remove([*job.state.glob("*.json"), *hashes])

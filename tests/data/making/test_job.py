@@ -190,6 +190,11 @@ def test_foreign_shards_are_not_mixed_with(job: Job) -> None:
     assert "holds t-000007.tar already, and not its plan" in refusal(job)
 
 
+def test_a_prefix_may_begin_as_another_one(job: Job) -> None:
+    make_shards(replace(job, prefix=f"{job.prefix}-1"))
+    assert make_shards(job).new_shards > 0
+
+
 def test_a_finished_shard_that_changed_is_not_overwritten(job: Job) -> None:
     make_shards(job)
     with job.shard(1).open("ab") as file:
