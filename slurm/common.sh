@@ -25,9 +25,10 @@ trap 'rm -rf "${ELIP_STOP_FILE%/stop}"' EXIT
 run_step() {
     echo "$(date +%T) start $start of job $SLURM_JOB_ID: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST," \
         "meeting at $MASTER_ADDR:$MASTER_PORT"
-    # srun does not take --cpus-per-task over from the job. It runs in the background, because a
-    # trap waits for what runs in the foreground.
-    srun --kill-on-bad-exit=1 --wait=300 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" &
+    # A minute after the first task ended the others are killed, and not at once: when all refuse a
+    # setting, the status shall be theirs. srun does not take --cpus-per-task over from the job. It
+    # runs in the background, because a trap waits for what runs in the foreground.
+    srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" &
     local step=$! status
     while :; do    # wait returns at each signal, too
         wait "$step"
