@@ -64,11 +64,16 @@ class Cluster:
 
 
 def need_slurm() -> None:
-    """Skip where Slurm is not installed, but never in CI."""
-    if shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin:/sbin"):
-        return
-    reason = "Slurm is not installed: apt-get install --no-install-recommends slurm-wlm munge"
-    pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    """Skip where Slurm is not installed, or is that of a cluster; but never in CI."""
+    reason = ""
+    if not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin:/sbin"):
+        reason = "Slurm is not installed: apt-get install --no-install-recommends slurm-wlm munge"
+    elif Path("/etc/slurm/slurm.conf").exists():
+        reason = "/etc/slurm/slurm.conf: the machine belongs to a cluster"
+    if reason and os.environ.get("CI"):
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

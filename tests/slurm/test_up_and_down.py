@@ -60,6 +60,23 @@ def test_up_beside_a_running_one_is_refused_in_one_line(folder: Path, tmp_path: 
     assert Cluster(folder).ask("sinfo", "-h", "-o", "%D %T") == "1 idle\n"
 
 
+def test_a_daemon_that_does_not_start_is_named_and_none_is_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fake = tmp_path / "bin" / "slurmd"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho no such node >&2; exit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    failed = local_slurm("up", folder)
+    assert (failed.returncode, failed.stderr) == (
+        2,
+        f"error: {fake} does not start: no such node\n",
+    )
+    assert not processes_that_mention(folder)
+    assert not folder.exists()
+
+
 def test_down_removes_no_folder_but_its_own(tmp_path: Path):
     (tmp_path / "slurm.conf").write_text("ClusterName=theirs\n")
     refused = local_slurm("down", tmp_path)

@@ -100,7 +100,6 @@ def start_cluster(folder: Path, nodes: int) -> Path:
         _start_daemons(programs, conf, names)
         _wait_until_idle(conf, names)
     except BaseException:
-        conf.touch()
         end_processes(folder)
         shutil.rmtree(folder)
         raise
