@@ -30,11 +30,9 @@ run_step() {
     # runs in the background, because a trap waits for what runs in the foreground.
     srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" &
     local step=$! status
-    while :; do    # wait returns at each signal, too
-        wait "$step"
-        status=$?
-        kill -0 "$step" 2> /dev/null || break
-    done
+    while kill -0 "$step" 2> /dev/null; do wait "$step"; done    # which returns at each signal, too
+    wait "$step"
+    status=$?
     if [ "$status" = 0 ] && [ -e "$ELIP_STOP_FILE" ]; then
         # One element of an array, of which the last has the number of them all.
         local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
