@@ -30,6 +30,7 @@ def exit_with(main: Callable[[list[str]], None], argv: list[str]) -> None:
     try:
         main(argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        # srun's tasks have Slurm's word for it until they have read their ranks.
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.status) from None

@@ -27,6 +27,7 @@ WEIGHTS = "weights.safetensors"
 STATE = "state.safetensors"
 STOP_EVERY = 10
 "Steps between two agreements on stopping; each waits for the device once."
+STOP_FILE = "ELIP_STOP_FILE"
 
 
 META = "meta.json"
@@ -88,10 +89,17 @@ class Run:
         return self._stopping
 
     def agree_to_stop(self, step: int = 0) -> None:
-        """Every few steps all ranks learn whether any was asked to stop. Every rank calls it."""
+        """Every few steps all ranks learn whether any was asked to stop. Every rank calls it.
+
+        Asked by a signal, or by a file that appears where ELIP_STOP_FILE says: a batch script has
+        no way to signal the ranks alone.
+        """
         self.step = step
         if step % STOP_EVERY:
             return
+        if self.first and not self.stop_asked and os.path.exists(os.environ.get(STOP_FILE, "")):
+            self.stop_asked = True
+            log.warning("%s is there: saving", os.environ[STOP_FILE])
         asked = torch.tensor([int(self.stop_asked)], device=self.device)
         self._stopping = bool(dist.max_over_ranks(asked).item())
 

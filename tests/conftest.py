@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 _cache = tempfile.TemporaryDirectory(prefix="elip_cache_")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
-pytest_plugins = ["end_to_end.jobs"]  # start(): real runs of train.py
+pytest_plugins = ["end_to_end.jobs", "slurm.clusters"]  # real runs of train.py; a real Slurm
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 

@@ -143,3 +143,14 @@ def test_a_seed_gives_the_same_numbers_again():
         seed_everything(2**32 + 3)
         draws.append(torch.rand(3))
     assert torch.equal(*draws)
+
+
+def test_a_file_asks_to_stop_at_the_next_agreement(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ELIP_STOP_FILE", str(tmp_path / "stop"))
+    run.agree_to_stop(10)
+    assert not run.stopping
+    (tmp_path / "stop").touch()
+    run.agree_to_stop(19)
+    assert not run.stopping
+    run.agree_to_stop(20)
+    assert run.stopping

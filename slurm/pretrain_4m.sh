@@ -1,0 +1,16 @@
+#!/bin/bash
+# Pre-train, by ALBEF's recipe unless told otherwise. Submit it in the repository's folder:
+#   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 slurm/pretrain_4m.sh data.root=/data
+#   PRESET=blip_4m sbatch slurm/pretrain_4m.sh run.name=mine        # any key=value follows the script
+#   sbatch slurm/pretrain_4m.sh preset=demo                         # two nodes of any cluster, no GPU
+# A task is a rank: on nodes with GPUs ask for as many tasks as GPUs. No line here asks for GPUs,
+# since a cluster that does not count them would refuse the job.
+#SBATCH --job-name=pretrain --nodes=2 --ntasks-per-node=1
+#SBATCH --time=24:00:00 --signal=B:USR2@120
+#SBATCH --requeue --open-mode=append
+
+cd "$SLURM_SUBMIT_DIR" || exit    # Slurm runs a copy of this file
+. slurm/common.sh || exit
+
+run_step python elip_ds/train.py --deepspeed "${DEEPSPEED:-ds_configs/z2.json}" \
+    preset="${PRESET:-albef_4m}" "$@"
