@@ -34,6 +34,7 @@ from elip_ds.objectives import Progress
 from elip_ds.tasks import build_pretrain, min_micro_batch
 from elip_ds.towers.layers import CrossAttention, SelfAttention
 from elip_ds.towers.pruning import at_ratios, keep_stretches, sequence_lengths
+from elip_ds.towers.word_table import WordEmbedding
 
 LATE = Progress(step=0, samples_seen=10**9, samples_per_epoch=10**6)
 "Long after every warm-up: the teacher has its whole share in the targets, which costs most."
@@ -103,9 +104,9 @@ class StepTracer:
         self.setting = replace(setting, zero=zero)
         self._gathering: Gathering | None = None
         if zero.stage == 3:
-            for number, parameter in enumerate(self.task.parameters()):
-                # As DeepSpeed marks them; see towers/word_table.py.
-                parameter.ds_id = number  # type: ignore[attr-defined]
+            for module in self.task.modules():
+                if isinstance(module, WordEmbedding):
+                    module.apart = True
         if setting.device != "cpu":
             for module in self.task.modules():
                 if isinstance(module, SelfAttention | CrossAttention):

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 
 class WordEmbedding(nn.Embedding):
-    """Ids to vectors, and, being the decoder's matrix too, vectors to word scores."""
+    """Ids to vectors, and, being the decoder's matrix too, vectors to word scores.
+
+    apart: each read has a gradient of its own; so it is under ZeRO-3, and in a trace of that.
+    """
 
     def __init__(self, num_words: int, width: int) -> None:
         super().__init__(num_words, width)
+        self.apart = False
         self._shared = _Shared()
 
     def forward(self, x: Tensor, decode: bool = False) -> Tensor:
@@ -26,7 +30,7 @@ class WordEmbedding(nn.Embedding):
         # ZeRO-3 has the table only inside this call; autocast rounds a parameter once a step, but
         # another tensor at every use.
         shares = torch.is_grad_enabled() and self.weight.requires_grad
-        shares = shares and not hasattr(self.weight, "ds_id")
+        shares = shares and not (self.apart or hasattr(self.weight, "ds_id"))
         if decode:
             device = x.device.type
             rounds = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
