@@ -58,6 +58,15 @@ class Cluster:
         words = self.ask("scontrol", "show", "job", job, "--oneliner").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def start_again(self, job: str) -> None:
+        """Start a requeued job, which Slurm would let wait for two minutes.
+
+        Not within the second in which it was stopped: the nodes refuse a credential of that second,
+        and the job fails ("Job credential revoked" in slurmctld.log).
+        """
+        self.wait_for(job, "PENDING")
+        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+
     def wait_for(self, job: str, *states: str, seconds: float = DEADLINE) -> dict[str, str]:
         wait_until(lambda: self.facts(job)["JobState"] in states, f"job {job}: {states}", seconds)
         return self.facts(job)

@@ -36,8 +36,7 @@ def test_a_requeued_job_starts_again_and_knows_it(cluster: Cluster, tmp_path: Pa
     job = cluster.submit(*options, f"--wrap={script}", cwd=tmp_path)
     wait_until(lambda: "restart none" in log.read_text(), "first start")
     cluster.ask("scontrol", "requeue", job)
-    cluster.wait_for(job, "PENDING")
-    cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.start_again(job)
     assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "1"
     lines = [line for line in log.read_text().splitlines() if line.startswith("restart")]
     assert lines == ["restart none", "restart 1"]

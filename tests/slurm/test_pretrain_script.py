@@ -61,8 +61,7 @@ def test_ahead_of_the_time_limit_it_saves_and_starts_again_where_it_was(
         lambda: metrics.exists() and '"step": 12' in metrics.read_text(), "step 12", TRAINS_SECONDS
     )
     cluster.ask("scancel", "--batch", "--signal=USR2", job)
-    cluster.wait_for(job, "PENDING")
-    cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # not in two minutes
+    cluster.start_again(job)
     facts = cluster.wait_for(job, "COMPLETED", "FAILED", seconds=TRAINS_SECONDS)
     said = log.read_text()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), said
