@@ -7,6 +7,14 @@ from elip_ds.config import duration_in_samples
 from elip_ds.config.schema import OptimConfig, ScheduleConfig
 
 
+def choose_optimizer(optim: OptimConfig, global_batch_size: float) -> OptimConfig:
+    """LAMB for AdamW where the batch is above lamb_above."""
+    if optim.lamb_above is None or global_batch_size <= optim.lamb_above:
+        return optim
+    lr = optim.lr if optim.lamb_lr is None else optim.lamb_lr
+    return dataclasses.replace(optim, name="lamb", lr=lr, lamb_above=None, lamb_lr=None)
+
+
 def settle_optim(optim: OptimConfig, global_batch_size: int) -> OptimConfig:
     """For this batch: LAMB where it is above lamb_above, and the rule of the learning rate applied,
     lr times (global batch / base) or the square root of that.
@@ -14,10 +22,7 @@ def settle_optim(optim: OptimConfig, global_batch_size: int) -> OptimConfig:
     linear: Goyal et al., arXiv:1706.02677.  sqrt: for LAMB, You et al., arXiv:1904.00962. Only the
     peak moves: schedule.warmup_lr and schedule.min_lr stay as they are given.
     """
-    if optim.lamb_above is not None and global_batch_size > optim.lamb_above:
-        optim = dataclasses.replace(
-            optim, name="lamb", lr=optim.lamb_lr or optim.lr, lamb_above=None, lamb_lr=None
-        )
+    optim = choose_optimizer(optim, global_batch_size)
     if optim.lr_rule == "none":
         return optim
     assert optim.base_batch_size is not None

@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from elip_ds.batching.sizes import show_bytes
 from elip_ds.config import Config, PruningConfig
 from elip_ds.config.schema import BatchingConfig
 from elip_ds.engine.out_of_memory import OOM_FOLDER
+from elip_ds.engine.schedule import choose_optimizer
 from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
 from elip_ds.launching.advice import advice
@@ -104,6 +106,11 @@ def answer_for_node(node: Node, cache: Cache | None = None) -> dict[str, Any]:
     Raises UserError and its kinds, each with the status to leave with.
     """
     cache = cache or Cache(default_folder())
+    # A trial's batch is a small one: which optimizer it steps with is the real one's to say. One
+    # still to be found may be any.
+    total = inf if node.asked[0] == "auto" else int(node.asked[0])
+    optim = choose_optimizer(node.config.optim, total)
+    node = replace(node, config=replace(node.config, optim=optim))
     memory = node_memory(node.config, node.local_ranks, node.device)
     answer: dict[str, Any] = {"memory": asdict(memory) | {"budget_bytes": memory.budget_bytes}}
     if node.asked[1] != "auto":

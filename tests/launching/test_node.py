@@ -126,3 +126,19 @@ def test_a_change_of_anything_that_matters_changes_the_fingerprint(make):
     assert len({key(node), *map(key, others)}) == 1 + len(others)
     less = replace(memory, limit=Limit("made up", OUTSIDE))
     assert fingerprint(module._facts(node, less, sizes)) != key(node)
+
+
+def test_a_measured_step_has_the_optimizer_of_the_whole_batch(make, cache, monkeypatch):
+    """A trial's own batch is below any bound that LAMB is asked above."""
+    seen = []
+
+    def find(node, *_):
+        seen.append(node.config.optim)
+        return {"source": "plan"}
+
+    monkeypatch.setattr(module, "_find", find)
+    for total, name in ((64, "lamb"), (32, "adamw"), ("auto", "lamb")):
+        node = make("optim.lamb_above=32", "optim.lamb_lr=0.004", asked=(total, "auto"))
+        answer_for_node(node, cache)
+        assert seen[-1].name == name, total
+        assert seen[-1].lr == (0.004 if name == "lamb" else node.config.optim.lr)

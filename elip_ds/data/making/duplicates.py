@@ -8,15 +8,13 @@ import hashlib
 import io
 from collections.abc import Callable
 from contextlib import closing
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from elip_ds.data.making.crew import run_tasks
 from elip_ds.data.making.listing import Listing, read_items
-from elip_ds.data.making.one_shard import Job, Task, with_captions, write_whole
-from elip_ds.data.raw import RawSource
+from elip_ds.data.making.one_shard import Job, Reader, Task, with_captions, write_whole
 from elip_ds.data.record import BadSample
 from elip_ds.errors import UserError
 
@@ -55,15 +53,8 @@ def repeats(hashes: np.ndarray) -> list[tuple[int, int]]:
     return [(int(i), int(first[i])) for i in later]
 
 
-class Hasher:
-    """Reads the images of a shard-to-be; each worker process has its own."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    @cached_property
-    def source(self) -> RawSource:
-        return self.job.open_source()
+class Hasher(Reader):
+    """Reads the images of a shard-to-be."""
 
     def __call__(self, task: Task, advance: Callable[[int], None]) -> int:
         hashes = np.zeros((len(task.samples), DIGEST_BYTES), np.uint8)

@@ -79,8 +79,8 @@ class Task:
     duplicates: dict[int, str] = field(default_factory=dict)
 
 
-class ShardMaker:
-    """Makes shards of one job; each worker process has its own."""
+class Reader:
+    """Has the raw data of one job, opened when first wanted; each worker process has its own."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -88,6 +88,10 @@ class ShardMaker:
     @cached_property
     def source(self) -> RawSource:
         return self.job.open_source()
+
+
+class ShardMaker(Reader):
+    """Makes shards of one job."""
 
     def __call__(self, task: Task, advance: Callable[[int], None]) -> int:
         """Number of the shard. Raises UserError when it cannot be written, or is mostly bad."""
