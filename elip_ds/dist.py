@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as td
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from elip_ds.errors import UserError
 
@@ -113,6 +114,9 @@ def start(ranks: Ranks, timeout_seconds: float = 1800) -> None:
     if td.is_initialized():
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    # DeepSpeed makes groups of its own, and how long those wait is torch's default.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         assert ranks.world_size == 1, "a launcher of several ranks sets MASTER_PORT"

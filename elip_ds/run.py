@@ -30,9 +30,9 @@ STOP_EVERY = 10
 "Steps between two agreements on stopping; each waits for the device once."
 STOP_FILE = "ELIP_STOP_FILE"
 BEAT_FILE = "ELIP_BEAT_FILE"
-"""Variables by which a batch script names two files: one that it makes when the ranks shall stop, and
-one that rank 0 writes: a line each for the run's folder, what `latest` named at the start, and in
-the end done or stopped. Rank 0 touches it at every step, so that a run that hangs can be told."""
+"""Variables by which a batch script names two files: one that it makes when the ranks shall stop,
+and one that rank 0 writes: a line each for the run's folder, what `latest` named at the start, and
+in the end done or stopped. Rank 0 touches it at every step: where it does not, the run hangs."""
 
 META = "meta.json"
 "The last file of a checkpoint to be written; a folder without it is none."
@@ -110,7 +110,7 @@ class Run:
         """
         self.step, self._saving = step, False
         if self.first and (beat := os.environ.get(BEAT_FILE)):
-            with suppress(OSError):  # the script has ended, and taken it along
+            with suppress(OSError):  # the script was cancelled, and has taken it along
                 os.utime(beat)
         if step % STOP_EVERY:
             return
@@ -144,7 +144,7 @@ class Run:
     def tell_job(self, *lines: str) -> None:
         """Rank 0 adds lines to ELIP_BEAT_FILE, if a batch script has named one."""
         if self.first and (beat := os.environ.get(BEAT_FILE)):
-            with open(beat, "a") as file:
+            with suppress(OSError), open(beat, "a") as file:
                 file.write("".join(f"{line}\n" for line in lines))
 
     def wait(self) -> None:

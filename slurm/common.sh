@@ -65,7 +65,7 @@ watch_step() {
     while kill -0 "$running" 2> /dev/null; do
         sleep "$tick" &
         wait -n "$running" $!    # which returns at each signal, too
-        now=$(stat -c %y "$ELIP_BEAT_FILE")
+        now=$(stat -c %y "$ELIP_BEAT_FILE" 2> /dev/null)
         if [ "$now" = "$seen" ]; then still=$((still + tick)); else still=0; fi
         seen=$now limit=$STALL_SECONDS
         if [ -n "$(told 3)" ]; then limit=$((2 * LINGER_SECONDS)); fi
@@ -93,7 +93,13 @@ train() {
     status=$?
     case $(told 3) in
         done) exit 0 ;;
-        stopped) again; exit ;;
+        stopped)
+            if [ ! -e "$ELIP_STOP_FILE" ]; then
+                say "the ranks stopped where nobody asked: signalled, or a step daemon has died"
+            fi
+            again
+            exit
+            ;;
     esac
     if [ "$status" = 2 ]; then exit 2; fi    # refused: it would be refused again
     if [ "$status" = 0 ]; then status=1; fi

@@ -68,7 +68,6 @@ class Cluster:
         and the job fails ("Job credential revoked" in slurmctld.log).
         """
 
-
         def requeued() -> bool:
             facts = self.facts(job)
             return (facts["JobState"], facts["Restarts"]) == ("PENDING", restart)

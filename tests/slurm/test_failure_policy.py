@@ -1,4 +1,4 @@
-"""What slurm/common.sh makes of a step's end, on a real Slurm, with ranks of a few lines of shell."""
+"""What slurm/common.sh makes of a step's end, on a real Slurm, with shell scripts for ranks."""
 
 import os
 import time
