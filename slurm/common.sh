@@ -123,14 +123,17 @@ again() {
 # recover STATUS: after a failure start again, but only from a newer checkpoint than this start began
 # with, and not for ever. Which node failed first stays in the run's folder.
 recover() {
-    local run node failures others exclude=''
+    local run node='' failures others exclude=''
     run=$(told 1)
     if [ -z "$run" ] || [ "$(cat "$run/ckpt/latest" 2> /dev/null || echo none)" = "$(told 2)" ]; then
         say "failed with status $1, and no checkpoint since the start: not starting again"
         return
     fi
     failures=$run/failures-$job
-    node=$(sed -n 's/^srun: error: \([^ :]*\): tasks\{0,1\} .*/\1/p' "$folder/said" | head -n 1)
+    # Not where a node never answered: srun names only those whose ranks have lost their peer by it.
+    if ! grep -q "^srun: error: Timed out waiting for job step" "$folder/said"; then
+        node=$(sed -n 's/^srun: error: \([^ :]*\): tasks\{0,1\} .*/\1/p' "$folder/said" | head -n 1)
+    fi
     echo "${node:-unknown} $(date +%FT%T) start $start status $1" >> "$failures"
     if [ "$(wc -l < "$failures")" -ge "$MAX_TRIES" ]; then
         say "failed with status $1, the $MAX_TRIES. time: not starting again"
