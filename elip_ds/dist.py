@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as td
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from elip_ds.errors import UserError
 
@@ -106,9 +107,16 @@ def read_note(name: str, timeout_seconds: float) -> Any:
 
 
 def start(ranks: Ranks, timeout_seconds: float = 1800) -> None:
-    """Join the process group: NCCL for CUDA tensors, gloo for CPU tensors."""
+    """Join the process group: NCCL for CUDA tensors, gloo for CPU tensors.
+
+    timeout_seconds: a rank that waits longer for the others ends with an error.
+    """
     if td.is_initialized():
         return
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    # DeepSpeed makes groups of its own, and how long those wait is torch's default.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         assert ranks.world_size == 1, "a launcher of several ranks sets MASTER_PORT"
@@ -125,7 +133,7 @@ def start(ranks: Ranks, timeout_seconds: float = 1800) -> None:
         store=None if _store is None else td.PrefixStore("group", _store),
         rank=ranks.rank,
         world_size=ranks.world_size,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        timeout=timeout,
         device_id=ranks.device if cuda else None,
     )
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from elip_ds.config import load_config
+from elip_ds.dist import read_ranks
 from elip_ds.engine import read_ds_config
 from elip_ds.errors import UserError, exit_with
 from elip_ds.launching import (
     plan_all,
+    probe_as_rank,
     probe_here,
     show_plans,
     supervise,
@@ -22,7 +24,8 @@ USAGE = """\
 usage: python -m elip_ds.launch plan|probe|run [preset=NAME] [key=value ...] --deepspeed JSON [...]
 
 plan    what a step would take, by part, and the largest micro-batch that fits: no device, no data
-probe   real steps on this machine, in processes of their own; prints what fits, and remembers it
+probe   real steps on this machine, in processes of their own; prints what fits, and remembers it;
+        under srun, with a task for each rank, of all nodes of the job
 run     train: by deepspeed on this machine, by srun inside a Slurm allocation; where memory runs
         out, start again with a smaller micro-batch from the last checkpoint
 
@@ -62,7 +65,12 @@ def main(argv: list[str]) -> None:
     config = load_config(settings)  # every fault of it shows before anything starts
     tree = read_ds_config(options.deepspeed)
     if options.verb == "probe":
-        _write(options.json, probe_here(config, tree, options.ranks))
+        if read_ranks().world_size > 1:  # srun has started one process for each rank
+            record = probe_as_rank(config, tree)
+        else:
+            record = probe_here(config, tree, options.ranks)
+        if record is not None:
+            _write(options.json, record)
         return
 
     def command(micro: int | None) -> Any:

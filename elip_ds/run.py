@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,10 @@ STATE = "state.safetensors"
 STOP_EVERY = 10
 "Steps between two agreements on stopping; each waits for the device once."
 STOP_FILE = "ELIP_STOP_FILE"
-
+BEAT_FILE = "ELIP_BEAT_FILE"
+"""Variables by which a batch script names two files: one that it makes when the ranks shall stop,
+and one that rank 0 writes: a line each for the run's folder, what `latest` named at the start, and
+in the end done or stopped. Rank 0 touches it at every step: where it does not, the run hangs."""
 
 META = "meta.json"
 "The last file of a checkpoint to be written; a folder without it is none."
@@ -52,7 +56,7 @@ def find_checkpoint(path: Path) -> Path:
 @dataclass
 class Run:
     """dir: the run's folder.  seed: of the whole run; ranks that must differ add their number.
-    step: the last that agree_to_stop heard of.
+    step: the last that agree_to_stop heard of.  save_every_seconds: None: never by the clock.
     """
 
     ranks: dist.Ranks
@@ -61,7 +65,11 @@ class Run:
     started: float = field(default_factory=time.time)
     stop_asked: bool = False
     step: int = 0
+    save_every_seconds: float | None = None
     _stopping: bool = False
+    _saving: bool = False
+    _saved: float | None = None
+    _parent: int = field(default_factory=os.getppid)
 
     @property
     def rank(self) -> int:
@@ -88,20 +96,56 @@ class Run:
         """True on all ranks, or on none, once agree_to_stop has heard of a signal."""
         return self._stopping
 
+    @property
+    def saving(self) -> bool:
+        """True on all ranks, or on none, at the step at which rank 0's clock asked for it."""
+        return self._saving
+
     def agree_to_stop(self, step: int = 0) -> None:
-        """Every few steps all ranks learn whether any was asked to stop. Every rank calls it.
+        """Every few steps all ranks learn whether any was asked to stop, and whether it is time to
+        save. Every rank calls it.
 
         Asked by a signal, or by a file that appears where ELIP_STOP_FILE says: a batch script has
         no way to signal the ranks alone.
         """
-        self.step = step
+        self.step, self._saving = step, False
+        if self.first and (beat := os.environ.get(BEAT_FILE)):
+            with suppress(OSError):  # the script was cancelled, and has taken it along
+                os.utime(beat)
         if step % STOP_EVERY:
             return
-        if self.first and not self.stop_asked and os.path.exists(os.environ.get(STOP_FILE, "")):
+        if not self.stop_asked:
+            self._look_around()
+        asked = torch.tensor([self.stop_asked, self._save_is_due()], device=self.device)
+        self._stopping, self._saving = map(bool, dist.max_over_ranks(asked.int()).tolist())
+
+    def _look_around(self) -> None:
+        if self.first and os.path.exists(os.environ.get(STOP_FILE, "")):
             self.stop_asked = True
             log.warning("%s is there: saving", os.environ[STOP_FILE])
-        asked = torch.tensor([int(self.stop_asked)], device=self.device)
-        self._stopping = bool(dist.max_over_ranks(asked).item())
+        if "SLURM_STEP_ID" in os.environ and os.getppid() != self._parent:
+            # Slurm no longer knows of this process: it would neither end it nor hear of its end,
+            # and the job would stay RUNNING.
+            self.stop_asked = True
+            log.warning("rank %d: Slurm's step daemon here is gone: saving", self.rank)
+
+    def _save_is_due(self) -> bool:
+        """By rank 0's clock, which starts with the first step."""
+        if self.save_every_seconds is None or not self.first:
+            return False
+        now = time.monotonic()
+        if self._saved is None:
+            self._saved = now
+        due = now - self._saved >= self.save_every_seconds
+        if due:
+            self._saved = now
+        return due
+
+    def tell_job(self, *lines: str) -> None:
+        """Rank 0 adds lines to ELIP_BEAT_FILE, if a batch script has named one."""
+        if self.first and (beat := os.environ.get(BEAT_FILE)):
+            with suppress(OSError), open(beat, "a") as file:
+                file.write("".join(f"{line}\n" for line in lines))
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -132,10 +176,18 @@ def open_run(config: Config) -> Run:
     """
     ranks = dist.read_ranks()
     setup_logging(ranks.rank)
-    run = Run(ranks, Path(config.run.dir) / config.run.name, config.run.seed)
+    minutes = config.checkpoint.every_minutes
+    run = Run(
+        ranks,
+        Path(config.run.dir) / config.run.name,
+        config.run.seed,
+        save_every_seconds=None if minutes is None else 60 * minutes,
+    )
     problem = _claim_folder(run, config)  # before joining, so that a refusal takes no rendezvous
     if problem:
         raise UserError(problem)
+    latest = run.dir / "ckpt" / "latest"
+    run.tell_job(str(run.dir.absolute()), latest.read_text() if latest.exists() else "none")
     _watch_signals(run)
     _set_threads(ranks)
     dist.meet(ranks)
@@ -144,7 +196,7 @@ def open_run(config: Config) -> Run:
 
 def join_ranks(run: Run, config: Config) -> None:
     """Join the other ranks, seed, keep the config."""
-    dist.start(run.ranks)
+    dist.start(run.ranks, config.engine.timeout_seconds)
     seed_everything(run.seed)
     if run.first:
         run.write_text(run.dir / CONFIG, dump_config(config))

@@ -46,16 +46,18 @@ def main(argv: list[str]) -> None:
         loader.check(engine.step)
         if eval_every and due(engine.samples_seen, plan.global_batch_size, eval_every):
             recorder.scores(engine.evaluate(held_out))
-        if due(engine.samples_seen, plan.global_batch_size, save_every):
+        if run.saving or due(engine.samples_seen, plan.global_batch_size, save_every):
             recorder.saved(engine.save(loader))
     checkpoint = engine.save(loader)
     done = engine.samples_seen >= total
     if done and cfg.run.on_finish == "evaluate":
         recorder.scores(engine.evaluate(held_out))
-    close_run(run, recorder, checkpoint, "done" if done else "stopped")
+    state = "done" if done else "stopped"
+    close_run(run, recorder, checkpoint, state)
     dist.stop()
     if checkpoint is None:
         raise SystemExit(1)  # the log says why the last checkpoint could not be written
+    run.tell_job(state)
 
 
 if __name__ == "__main__":

@@ -3,40 +3,147 @@ set -uo pipefail
 
 if [ -d .venv ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
 if [ -f slurm/site.env ]; then . slurm/site.env; fi
+MAX_TRIES=${MAX_TRIES:-20}                 # failures that a job may start again after
+EXCLUDE_AFTER=${EXCLUDE_AFTER:-2}          # failures of a node, until the job does without it
+STALL_SECONDS=${STALL_SECONDS:-3600}       # without a step: longer than any evaluation or save
+LINGER_SECONDS=${LINGER_SECONDS:-60}       # until all are killed, once the first task has ended
+DEEPSPEED=${DEEPSPEED:-ds_configs/z2.json}
+
+# One element of an array, of which the last has the number of them all.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+start=${SLURM_RESTART_COUNT:-0}            # which Slurm does not set at the first start
 
 # Ranks meet on the first node, by its address: a node's name need not be a host's. The port is
 # another one for each job and each start, as one that was just in use is not free at once.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-start=${SLURM_RESTART_COUNT:-0}    # which Slurm does not set at the first start
 export MASTER_ADDR=${MASTER_ADDR:-${address:-$first}}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 7919 * start) % 12000))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# Each task keeps to its cores, and so to the memory beside them, where the cluster can do that.
+case $(scontrol show config | sed -n 's/^TaskPlugin *= //p') in
+    *affinity*) export SLURM_CPU_BIND=${SLURM_CPU_BIND:-cores} ;;
+esac
 
 # The signal ahead of the time limit comes to this script alone: one that enters a step reaches every
 # process of it, compilers and loaders' workers too. Rank 0 runs on this node and sees the file.
-ELIP_STOP_FILE=$(mktemp -d)/stop
-export ELIP_STOP_FILE
-trap 'echo "$(date +%T) the time is nearly over: asking the ranks to save"; : > "$ELIP_STOP_FILE"' USR2
-trap 'rm -rf "${ELIP_STOP_FILE%/stop}"' EXIT
+folder=$(mktemp -d)
+export ELIP_STOP_FILE=$folder/stop ELIP_BEAT_FILE=$folder/beat
+trap 'say "the time is nearly over: asking the ranks to save"; : > "$ELIP_STOP_FILE"' USR2
+trap 'rm -rf "$folder"' EXIT
 
-# run_step COMMAND...: one process for each task, then leave with its status; when the ranks were
-# asked to stop and did, ask Slurm for another start, which goes on where they saved.
-run_step() {
-    echo "$(date +%T) start $start of job $SLURM_JOB_ID: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST," \
+say() { echo "$(date +%T) $*"; }
+
+# words_of FILE: in an array, sets `words` to those of the line that has this element's number.
+words_of() { eval "words=($(sed -n "${SLURM_ARRAY_TASK_ID:?give sbatch --array=1-N}p" "$1"))"; }
+
+# step COMMAND...: one process for each task. Returns the highest status of them. The run's folder,
+# its newest checkpoint at the start and its end are the lines of ELIP_BEAT_FILE then (elip_ds/run.py).
+steps=0
+step() {
+    say "start $start of job $job: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST," \
         "meeting at $MASTER_ADDR:$MASTER_PORT"
-    # A minute after the first task ended the others are killed, and not at once: when all refuse a
-    # setting, the status shall be theirs. srun does not take --cpus-per-task over from the job. It
-    # runs in the background, because a trap waits for what runs in the foreground.
-    srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" &
-    local step=$! status
-    while kill -0 "$step" 2> /dev/null; do wait "$step"; done    # which returns at each signal, too
-    wait "$step"
-    status=$?
-    if [ "$status" = 0 ] && [ -e "$ELIP_STOP_FILE" ]; then
-        # One element of an array, of which the last has the number of them all.
-        local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-        scontrol requeue "${job:-$SLURM_JOB_ID}" || status=1
+    : > "$ELIP_BEAT_FILE"
+    # When the first task has ended the others are not killed at once: when all refuse a setting, the
+    # status shall be theirs. srun does not take --cpus-per-task over from the job. It runs in the
+    # background, because a trap waits for what runs in the foreground. What it says is kept.
+    {
+        srun --kill-on-bad-exit=0 --wait="$LINGER_SECONDS" \
+            --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" 2>&1 >&3 | tee "$folder/said" >&2
+    } 3>&1 &
+    watch_step $! "$SLURM_JOB_ID.$steps"
+    steps=$((steps + 1))
+    wait "$running"
+}
+
+# watch_step PROCESS ID: until the step is over; ends it when rank 0 has done no step for too long, or
+# has ended long ago. Time is counted here, not read: a job that was suspended has not stalled.
+watch_step() {
+    local tick=$((LINGER_SECONDS / 10 + 1)) still=0 seen='' now limit
+    running=$1
+    while kill -0 "$running" 2> /dev/null; do
+        sleep "$tick" &
+        wait -n "$running" $!    # which returns at each signal, too
+        now=$(stat -c %y "$ELIP_BEAT_FILE" 2> /dev/null)
+        if [ "$now" = "$seen" ]; then still=$((still + tick)); else still=0; fi
+        seen=$now limit=$STALL_SECONDS
+        if [ -n "$(told 3)" ]; then limit=$((2 * LINGER_SECONDS)); fi
+        if [ ! -s "$ELIP_BEAT_FILE" ] || [ "$still" -lt "$limit" ]; then continue; fi
+        if [ $((still - limit)) -lt "$tick" ]; then
+            say "nothing from rank 0 for $still s: ending step $2"
+            scancel --signal=KILL "$2"
+        elif [ $((still - limit)) -ge 10 ]; then
+            pkill -KILL -P "$running" -x srun    # its daemons have died, and it never hears of it
+        fi
+    done
+}
+
+told() { sed -n "$1p" "$ELIP_BEAT_FILE"; }
+
+# train WORD...: train.py with these words, to its end; asks Slurm for another start when it was
+# stopped, and when it failed and another start goes on from a newer checkpoint. Ends the script.
+train() {
+    local status
+    # What fits is found before the training step, and remembered for it and for later starts.
+    if [ "$start" = 0 ] && [[ " $* " != *" batching.micro_batch_size="[0-9]* ]]; then
+        step python -m elip_ds.launch probe --deepspeed "$DEEPSPEED" "$@" || exit
     fi
+    step python elip_ds/train.py --deepspeed "$DEEPSPEED" "$@"
+    status=$?
+    case $(told 3) in
+        done) exit 0 ;;
+        stopped)
+            if [ ! -e "$ELIP_STOP_FILE" ]; then
+                say "the ranks stopped where nobody asked: signalled, or a step daemon has died"
+            fi
+            again
+            exit
+            ;;
+    esac
+    if [ "$status" = 2 ]; then exit 2; fi    # refused: it would be refused again
+    if [ "$status" = 0 ]; then status=1; fi
+    recover "$status"
     exit "$status"
+}
+
+# again [NODES]: put the job back into the queue, to do without these nodes; 75 where Slurm will not.
+# Slurm signals the script and all that it runs at once.
+again() {
+    trap '' TERM
+    if ! scontrol requeue "$job"; then
+        say "saved, and not requeued (sbatch --requeue, where the cluster allows it): submit it again"
+        return 75
+    fi
+    if [ -n "${1:-}" ] && ! scontrol update "JobId=$job" "ExcNodeList=$1"; then
+        say "$1 could not be excluded: the job starts where Slurm puts it"
+    fi
+}
+
+# recover STATUS: after a failure start again, but only from a newer checkpoint than this start began
+# with, and not for ever. Which node failed first stays in the run's folder.
+recover() {
+    local run node='' failures others exclude=''
+    run=$(told 1)
+    if [ -z "$run" ] || [ "$(cat "$run/ckpt/latest" 2> /dev/null || echo none)" = "$(told 2)" ]; then
+        say "failed with status $1, and no checkpoint since the start: not starting again"
+        return
+    fi
+    failures=$run/failures-$job
+    # Not where a node never answered: srun names only those whose ranks have lost their peer by it.
+    if ! grep -q "^srun: error: Timed out waiting for job step" "$folder/said"; then
+        node=$(sed -n 's/^srun: error: \([^ :]*\): tasks\{0,1\} .*/\1/p' "$folder/said" | head -n 1)
+    fi
+    echo "${node:-unknown} $(date +%FT%T) start $start status $1" >> "$failures"
+    if [ "$(wc -l < "$failures")" -ge "$MAX_TRIES" ]; then
+        say "failed with status $1, the $MAX_TRIES. time: not starting again"
+        return
+    fi
+    if [ -n "$node" ] && [ "$(grep -c "^$node " "$failures")" -ge "$EXCLUDE_AFTER" ]; then
+        others=$(scontrol show job "$job" --oneliner | sed -n 's/.* ExcNodeList=\([^( ]*\).*/\1/p')
+        exclude=$node${others:+,$others}
+        say "$node failed first in $EXCLUDE_AFTER starts of this job ($failures): doing without it"
+    fi
+    say "failed with status $1${node:+, $node first}: starting again from $(cat "$run/ckpt/latest")"
+    again "$exclude"
 }

@@ -3,6 +3,7 @@
 #   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 slurm/pretrain_4m.sh data.root=/data
 #   PRESET=blip_4m sbatch slurm/pretrain_4m.sh run.name=mine        # any key=value follows the script
 #   sbatch slurm/pretrain_4m.sh preset=demo                         # two nodes of any cluster, no GPU
+#   SWEEP=rates.txt sbatch --array=1-3 slurm/pretrain_4m.sh         # a line each: run.name=a optim.lr=1e-4
 # A task is a rank: on nodes with GPUs ask for as many tasks as GPUs. No line here asks for GPUs,
 # since a cluster that does not count them would refuse the job.
 #SBATCH --job-name=pretrain --nodes=2 --ntasks-per-node=1
@@ -12,5 +13,6 @@
 cd "$SLURM_SUBMIT_DIR" || exit    # Slurm runs a copy of this file
 . slurm/common.sh || exit
 
-run_step python elip_ds/train.py --deepspeed "${DEEPSPEED:-ds_configs/z2.json}" \
-    preset="${PRESET:-albef_4m}" "$@"
+words=()
+if [ -n "${SWEEP:-}" ]; then words_of "$SWEEP"; fi
+train preset="${PRESET:-albef_4m}" checkpoint.every_minutes=30 "$@" "${words[@]}"

@@ -94,3 +94,21 @@ def test_reading_a_slurm_step_twice_says_the_same(ranks_from):
     first = ranks_from(**SLURM, SLURM_STEP_TASKS_PER_NODE="4(x2)")
     again = dist.read_ranks()
     assert first == (again.rank, again.local_rank, again.world_size, again.local_world_size)
+
+
+def test_groups_that_others_make_wait_no_longer_than_the_first(monkeypatch):
+    from torch.distributed import distributed_c10d
+
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    for name in names:  # so that what start writes is undone, too
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
+    cpu = torch.device("cpu")
+    dist.start(dist.Ranks(0, 0, 1, 1, cpu), timeout_seconds=7)
+    try:
+        group = torch.distributed.new_group([0])
+        assert group._get_backend(cpu).options._timeout.total_seconds() == 7
+    finally:
+        dist.stop()

@@ -154,3 +154,51 @@ def test_a_file_asks_to_stop_at_the_next_agreement(run, tmp_path, monkeypatch):
     assert not run.stopping
     run.agree_to_stop(20)
     assert run.stopping
+
+
+def test_the_clock_asks_to_save_at_the_next_agreement_and_only_there(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("elip_ds.run.time.monotonic", lambda: now)
+    run = dataclasses.replace(make_run(tmp_path), save_every_seconds=60)
+    asked = []
+    for step in range(1, 41):  # 5 s each
+        run.agree_to_stop(step)
+        asked += [step] if run.saving else []
+        now += 5
+    assert asked == [30]  # the clock starts at step 10, the first agreement; 60 s are over at 22
+    assert not run.stopping
+
+
+def test_without_an_interval_the_clock_asks_for_nothing(run):
+    run.agree_to_stop(10)
+    assert not run.saving
+
+
+def test_a_batch_script_is_told_the_folder_and_sees_every_step(run, tmp_path, monkeypatch):
+    beat = tmp_path / "beat"
+    monkeypatch.setenv("ELIP_BEAT_FILE", str(beat))
+    run.tell_job("runs/a", "none")
+    run.tell_job("done")
+    assert beat.read_text() == "runs/a\nnone\ndone\n"
+    os.utime(beat, (1, 1))
+    run.agree_to_stop(1)
+    assert beat.stat().st_mtime > 1
+    beat.unlink()  # with the script
+    run.agree_to_stop(2)
+    assert not beat.exists()
+
+
+def test_a_rank_whose_step_daemon_is_gone_asks_to_stop(run, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    run.agree_to_stop(10)
+    assert not run.stopping
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    run.agree_to_stop(20)
+    assert run.stopping
+
+
+def test_a_process_that_slurm_did_not_start_may_lose_its_parent(run, monkeypatch):
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    run.agree_to_stop(10)
+    assert not run.stopping

@@ -446,6 +446,8 @@ class EngineConfig:
     "torch.compile the blocks of the towers, for ZeRO 0 to 2; costs minutes at the start."
     fused: str = "auto"
     "Whose LayerNorm, AdamW, LAMB run on a GPU: torch, apex, deepspeed; auto: apex's if it works."
+    timeout_seconds: float = 1800
+    "How long a rank waits for the others in a step before it gives up, and the run with it."
 
     def __post_init__(self) -> None:
         _require(self.deepspeed != "", "engine.deepspeed is empty: name a DeepSpeed JSON")
@@ -457,17 +459,27 @@ class EngineConfig:
             self.fused in ("auto", "torch", "apex", "deepspeed"),
             f"engine.fused={self.fused!r}: choose auto, torch, apex or deepspeed",
         )
+        _require(
+            self.timeout_seconds > 0,
+            f"engine.timeout_seconds={self.timeout_seconds}: more than 0, and than an evaluation",
+        )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: str = "1 epoch"
     "Interval between checkpoints, in epochs or samples."
+    every_minutes: float | None = None
+    "Besides, whenever so much time has passed, looked at every ten steps; null: never."
     keep: int = 2
     "How many of the newest checkpoints stay."
 
     def __post_init__(self) -> None:
         check_duration("checkpoint.every", self.every, above_zero=True)
+        _require(
+            self.every_minutes is None or self.every_minutes > 0,
+            f"checkpoint.every_minutes={self.every_minutes}: more than 0, or null for none",
+        )
         _require(self.keep >= 1, f"checkpoint.keep={self.keep}: 1 or more")
 
 

@@ -23,7 +23,7 @@ from elip_ds.engine import json_batch
 from elip_ds.engine.schedule import settle_optim
 from elip_ds.errors import UserError
 from elip_ds.launching.node import Node, answer_for_node, stretches
-from elip_ds.run import CONFIG, Run, list_checkpoints
+from elip_ds.run import CONFIG, Run, list_checkpoints, open_run
 from elip_ds.tasks import min_micro_batch
 
 log = logging.getLogger(__name__)
@@ -134,6 +134,16 @@ def probe_here(config: Config, tree: dict[str, Any], local_ranks: int | None) ->
     (folder / PLAN).write_text(json.dumps(record, indent=1))
     log.info("%s", one_line(record, answer))
     return record
+
+
+def probe_as_rank(config: Config, tree: dict[str, Any]) -> dict[str, Any] | None:
+    """`launch probe` as one rank of several: what their run would settle, and finds remembered.
+
+    Returns the record on rank 0.
+    """
+    run = open_run(config)
+    settle_batch(config, tree, run)
+    return json.loads((run.dir / PLAN).read_text()) if run.first else None
 
 
 def _decide(config: Config, run: Run, asked: tuple[int | str, int | str]) -> dict[str, Any]:

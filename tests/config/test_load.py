@@ -219,7 +219,7 @@ def test_an_unknown_key_gets_the_nearest_one(word: str, key: str, suggestion: st
 
 def test_an_unknown_key_near_nothing_gets_the_known_ones() -> None:
     assert message("checkpoint.xyzzy=1") == (
-        "checkpoint.xyzzy is not a setting; known: every, keep"
+        "checkpoint.xyzzy is not a setting; known: every, every_minutes, keep"
     )
 
 
@@ -367,6 +367,8 @@ def test_a_run_name_is_one_folder(name: str) -> None:
         "engine.precision=fp8",
         "engine.deepspeed=''",
         "checkpoint.every=0 epochs",
+        "checkpoint.every_minutes=0",
+        "engine.timeout_seconds=0",
         "checkpoint.keep=0",
         "eval.every=0 epochs",
         "eval.every=3",

@@ -1,6 +1,7 @@
 """A real Slurm on this machine, by the tool that people use, for a module's tests."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +33,7 @@ def wait_until(ready: Callable[[], object], what: str, seconds: float = DEADLINE
 
 @dataclass
 class Cluster:
-    """Two nodes, n1 and n2, each with all CPUs of this machine."""
+    """Nodes n1, n2, ..., each with all CPUs of this machine."""
 
     folder: Path
 
@@ -41,30 +43,36 @@ class Cluster:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
 
-    def ask(self, *command: str, cwd: Path | None = None) -> str:
+    def ask(self, *command: str, cwd: Path | None = None, **environ: str) -> str:
         """What a program of Slurm prints; it must leave with status 0."""
+        env = self.env | environ
         done = subprocess.run(
-            command, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE
+            command, env=env, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
-    def submit(self, *words: str, cwd: Path) -> str:
-        """sbatch, in a folder. Returns the job's number."""
-        return self.ask("sbatch", "--parsable", *words, cwd=cwd).strip()
+    def submit(self, *words: str, cwd: Path, **environ: str) -> str:
+        """sbatch, in a folder, with these variables besides. Returns the job's number."""
+        return self.ask("sbatch", "--parsable", *words, cwd=cwd, **environ).strip()
 
     def facts(self, job: str) -> dict[str, str]:
         """What scontrol says of a job: JobState, ExitCode, Restarts, ..."""
         words = self.ask("scontrol", "show", "job", job, "--oneliner").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def start_again(self, job: str) -> None:
-        """Start a requeued job, which Slurm would let wait for two minutes.
+    def start_again(self, job: str, restart: str = "1", seconds: float = DEADLINE) -> None:
+        """Once a job has been requeued so often, start it; Slurm would let it wait two minutes.
 
         Not within the second in which it was stopped: the nodes refuse a credential of that second,
         and the job fails ("Job credential revoked" in slurmctld.log).
         """
-        self.wait_for(job, "PENDING")
+
+        def requeued() -> bool:
+            facts = self.facts(job)
+            return (facts["JobState"], facts["Restarts"]) == ("PENDING", restart)
+
+        wait_until(requeued, f"job {job} requeued", seconds)
         self.ask("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     def wait_for(self, job: str, *states: str, seconds: float = DEADLINE) -> dict[str, str]:
@@ -86,12 +94,29 @@ def need_slurm() -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Up before a module's first test, down after its last: two of them would refuse each other."""
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Cluster]:
+    """Up before a module's first test, down after its last: two of them would refuse each other.
+
+    It has two nodes, or as many as the module's NODES says.
+    """
     need_slurm()
     folder = tmp_path_factory.mktemp("slurm") / "c"
-    started = local_slurm("up", folder, "--nodes", "2")
+    started = local_slurm("up", folder, "--nodes", str(getattr(request.module, "NODES", 2)))
     assert started.returncode == 0, started.stderr
     yield Cluster(folder)
     ended = local_slurm("down", folder)
     assert ended.returncode == 0, ended.stderr
+
+
+def step_daemons(job: str, node: str = "") -> list[psutil.Process]:
+    """The slurmstepd of a job's first steps on a node, or on all; not the one of its script."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = " ".join(process.info["cmdline"] or ())
+        if process.info["name"] == "slurmstepd" and re.search(rf"\[{job}\.\d+\]", words):
+            tasks = process.children()
+            if tasks and tasks[0].environ().get("SLURMD_NODENAME", "").endswith(node):
+                found.append(process)
+    return found

@@ -61,6 +61,8 @@ def test_ahead_of_the_time_limit_it_saves_and_starts_again_where_it_was(
         lambda: metrics.exists() and '"step": 12' in metrics.read_text(), "step 12", TRAINS_SECONDS
     )
     cluster.ask("scancel", "--batch", "--signal=USR2", job)
+    wait_until(lambda: "is there: saving" in log.read_text(), "ranks that save", TRAINS_SECONDS)
+    cluster.ask("scancel", "--batch", "--signal=USR2", job)
     cluster.start_again(job)
     facts = cluster.wait_for(job, "COMPLETED", "FAILED", seconds=TRAINS_SECONDS)
     said = log.read_text()
