@@ -25,7 +25,7 @@ from elip_ds.config import read_config
 from elip_ds.engine.checkpoint import weights_only_classes
 from elip_ds.engine.optim import parameter_groups
 from elip_ds.engine.places import Place
-from elip_ds.engine.sharding import local_tensor, refresh, shard_of
+from elip_ds.engine.sharding import local_tensor, refresh, shard_of, whole_shape
 from elip_ds.errors import UserError
 from elip_ds.run import CONFIG
 
@@ -185,12 +185,9 @@ def _order(folder: Path, task: nn.Module) -> list[dict[str, tuple[int, ...]]]:
     names = {id(p): (name, p) for name, p in task.named_parameters()}
     groups = parameter_groups(task, read_config(folder / CONFIG).optim)
     return [
-        {name: _shape(p) for name, p in (names[id(p)] for p in group["params"])} for group in groups
+        {name: whole_shape(p) for name, p in (names[id(p)] for p in group["params"])}
+        for group in groups
     ]
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class _States:
@@ -265,7 +262,7 @@ def put_saved(
             continue
         master = saved.whole(name, MASTER)
         here = local_tensor(p)
-        here.copy_(shard_of(p, master.view(_shape(p))).view(here.shape))
+        here.copy_(shard_of(p, master.view(whole_shape(p))).view(here.shape))
         for tensors, (start, size, _, offset) in held.get(id(p), []):
             for key, target in tensors.items():
                 whole = master if key == MASTER else saved.whole(name, key)
