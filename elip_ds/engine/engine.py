@@ -25,11 +25,13 @@ from elip_ds.batching import Plan
 from elip_ds.config import Config, dump_config, duration_in_samples
 from elip_ds.data import Batch, HeldOut, TrainLoader
 from elip_ds.engine import checkpoint as files
+from elip_ds.engine import elastic
 from elip_ds.engine.compile import check_compile, compile_blocks
 from elip_ds.engine.ds_config import fill_ds_config, fit_buckets
 from elip_ds.engine.fused import Place, choose_kernels, swap_layer_norms
 from elip_ds.engine.lamb import Lamb, bind_lamb, check_lamb
 from elip_ds.engine.optim import build_optimizer
+from elip_ds.engine.places import find_places
 from elip_ds.engine.prefetch import Prefetcher
 from elip_ds.engine.schedule import learning_rate, settle_optim
 from elip_ds.engine.sharding import gather_whole, local_tensor, refresh, shard_of
@@ -42,6 +44,8 @@ from elip_ds.towers.pruning import keep_ratios_at
 from elip_ds.weights import start_from
 
 log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +265,7 @@ class Engine:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        return DTYPES.get(self.precision, torch.float32)
 
     def resume(self, loader: TrainLoader) -> None:
         """Go on from the run's newest checkpoint, if there is one."""
@@ -392,33 +396,68 @@ class Engine:
 
     def _load(self, path: Path, loader: TrainLoader) -> None:
         meta = files.read_meta(path)
-        for key, mine in (("world_size", self.run.world_size), ("zero_stage", self.stage)):
-            if meta[key] != mine:
-                raise UserError(
-                    f"{path} was saved with {key}={meta[key]}, this start has {mine}; restart with "
-                    f"the same, or start a new run with model.init_from={path}"
-                )
-        if meta["optimizer"] != self._optimizer_kind:  # each has states of its own form
+        theirs, ours = (kind.split(" ")[0] for kind in (meta["optimizer"], self._optimizer_kind))
+        if theirs != ours:  # each has states of its own meaning
             raise UserError(
-                f"{path} was saved by the optimizer {meta['optimizer']}, this start has "
-                f"{self._optimizer_kind}; set optim.name and engine.fused as they were, or start a "
-                f"new run with model.init_from={path}"
+                f"{path} was saved with optim.name={theirs}, this start has {ours}; set it as it "
+                f"was, or start a new run with model.init_from={path}"
             )
         loader.check_state(meta["data"])
-        done, _ = self._engine.load_checkpoint(
-            str(path.parent), tag=path.name, load_module_strict=False
+        changes = elastic.differences(
+            meta,
+            {
+                "world_size": self.run.world_size,
+                "zero_stage": self.stage,
+                "precision": self.precision,
+                "optimizer": self._optimizer_kind,
+            },
         )
-        if done is None:
-            raise UserError(f"{path} has no DeepSpeed files for this start")
+        if changes:
+            self._load_elastic(path, meta)
+            log.info("states rearranged for this start: %s", ", ".join(changes))
+            if self.run.world_size > meta["world_size"]:
+                log.info("ranks from %d on draw dropout from new generators", meta["world_size"])
+        else:
+            done, _ = self._engine.load_checkpoint(
+                str(path.parent), tag=path.name, load_module_strict=False
+            )
+            if done is None:
+                raise UserError(f"{path} has no DeepSpeed files for this start")
         self._load_teacher(read_tensors(path / WEIGHTS))
         self.task.load_state(read_tensors(path / STATE, str(self.run.device)))
-        self._load_rng(path)
+        self._load_rng(path, meta)
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         loader.seek(self.samples_seen, self.plan.micro_batches)
         self._ahead = None  # what it holds is of another place
         log.info("resumed %s: step %d, %d samples seen", path, self.step, self.samples_seen)
 
-    def _load_rng(self, path: Path) -> None:
+    def _load_elastic(self, path: Path, meta: dict[str, Any]) -> None:
+        """What load_checkpoint does, for a start of another form than the checkpoint's."""
+        fault = saved = None
+        try:
+            saved = elastic.read_saved(path, meta, self.task)
+            dtype = DTYPES.get(meta["precision"], torch.float32)
+            share = (self.run.rank, self.run.world_size)
+            elastic.check_saved(saved, read_tensors(path / WEIGHTS), dtype, share)
+        except UserError as error:
+            fault = str(error)
+        faults = [found for found in dist.gather_objects(fault) if found]
+        if faults:
+            raise UserError(faults[0])
+        assert saved is not None
+        optimizer = self._engine.basic_optimizer
+        places = find_places(optimizer, self._engine.optimizer)
+        elastic.put_saved(saved, places, optimizer, self.task)
+        if self.precision == meta["precision"] == "fp16":
+            elastic.set_scaler(saved, self._engine.optimizer)
+        self._engine.global_steps = meta["step"]
+        self._engine.global_samples = meta["samples_seen"]
+
+    def _load_rng(self, path: Path, meta: dict[str, Any]) -> None:
+        if self.run.rank >= meta["world_size"]:
+            # Another stream than that of any start at another step: dropout draws anew.
+            torch.manual_seed(self.run.seed + 1000 * (self.run.rank + 1) + 10**6 * meta["step"])
+            return
         rng = self._files.load(str(path / f"rng-rank{self.run.rank:05d}.pt"))
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and self.run.device.type == "cuda":

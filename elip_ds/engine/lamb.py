@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from elip_ds import dist
+from elip_ds.engine.places import Place, find_places
 from elip_ds.errors import UserError
 
 PADDING = -1
@@ -218,98 +219,18 @@ def bind_lamb(optimizer: Lamb, wrapped: Any) -> None:
     wrapped: the engine's optimizer, as deepspeed.initialize made it, no step taken yet. Every rank
     calls it. Raises UserError, on all ranks, when the layout is not that of DeepSpeed 0.19.
     """
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     if wrapped is optimizer or isinstance(wrapped, FP16_UnfusedOptimizer):
         optimizer.bind_whole()
         return
-    places: list[_Place]
-    if isinstance(wrapped, DeepSpeedZeroOptimizer_Stage3):
-        flats = wrapped.fp32_partitioned_groups_flat
-        places = [_sharded(f, g) for f, g in zip(flats, wrapped.fp16_groups, strict=True)]
-    elif isinstance(wrapped, DeepSpeedZeroOptimizer):
-        groups = wrapped.round_robin_bit16_groups
-        flats = wrapped.single_partition_of_fp32_groups
-        offsets = wrapped.round_robin_bit16_offsets
-        places = [_sliced(*place) for place in zip(flats, groups, offsets, strict=True)]
-    elif isinstance(wrapped, BF16_Optimizer):
-        flats, groups = wrapped.fp32_groups_flat_partition, wrapped.bf16_groups
-        places = [_sliced(f, g, _ends(g)) for f, g in zip(flats, groups, strict=True)]
-    else:
-        raise UserError(
-            f"optim.name=lamb does not know DeepSpeed's {type(wrapped).__name__}; ZeRO 0 to 3 of "
-            "the shipped ds_configs work"
-        )
-    fault = next(filter(None, (place.fault() for place in places)), None)
-    faults = [f for f in dist.gather_objects(fault) if f]
-    if faults:
-        raise UserError(
-            f"optim.name=lamb cannot tell which weights lie where in DeepSpeed's flat tensors "
-            f"({type(wrapped).__name__}: {faults[0]}); optim.name=adamw needs not know"
-        )
-    optimizer.bind({place.flat: place.layout for place in places}, dist.sum_over_ranks)
+    places = find_places(optimizer, wrapped)
+    optimizer.bind({place.flat: _layout(place) for place in places}, dist.sum_over_ranks)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """One flat tensor on this rank, and the elements of parameters that should be its pieces."""
-
-    flat: Tensor
-    layout: Layout
-    expected: list[Tensor]
-
-    def fault(self) -> str | None:
-        """What is not as bind_lamb takes it to be. Masters begin as copies of the model's weights,
-        so that equal values prove the places.
-        """
-        if self.flat.dtype != torch.float32:
-            return f"weights are kept in {self.flat.dtype}, not in fp32"
-        if sum(self.layout.sizes) != self.flat.numel():
-            return f"{sum(self.layout.sizes)} elements expected, {self.flat.numel()} found"
-        for here, model in zip(self.layout.cut(self.flat), self.expected, strict=True):
-            if not torch.equal(here.detach().to(model.device, model.dtype), model):
-                return "the values are others"
-        return None
-
-
-def _ends(params: Sequence[Tensor]) -> list[int]:
-    """Where each of consecutive parameters begins."""
-    offsets, at = [], 0
-    for p in params:
-        offsets.append(at)
-        at += p.numel()
-    return offsets
-
-
-def _sliced(flat: Tensor, params: Sequence[Tensor], offsets: Sequence[int]) -> _Place:
-    """ZeRO 1 and 2: this rank's equal slice of all parameters of a group, laid end to end."""
-    start = dist.rank() * flat.numel()
-    end = start + flat.numel()
-    spans, expected = [], []
-    for owner, (p, offset) in enumerate(zip(params, offsets, strict=True)):
-        low, high = max(start, offset), min(end, offset + p.numel())
-        if low < high:
-            spans.append((low - start, high - low, owner))
-            expected.append(p.detach().flatten()[low - offset : high - offset])
-    return _Place(flat, _pad(spans, flat.numel(), len(params)), expected)
-
-
-def _sharded(flat: Tensor, params: Sequence[Any]) -> _Place:
-    """ZeRO 3: this rank's shards of a sub-group's parameters, each padded to the same length on all
-    ranks with whatever the memory held.
-    """
-    at, spans, expected = 0, [], []
-    for owner, p in enumerate(params):
-        length = p.partition_numel()
-        real = max(0, min(length, p.ds_numel - dist.rank() * length))
-        if real:
-            spans.append((at, real, owner))
-            expected.append(p.ds_tensor.detach().flatten()[:real])
-        at += length
-    return _Place(flat, _pad(spans, flat.numel(), len(params)), expected)
+def _layout(place: Place) -> Layout:
+    spans = [(piece.start, piece.size, piece.owner) for piece in place.pieces]
+    return _pad(spans, place.flat.numel(), len(place.params))
 
 
 def _pad(spans: Sequence[tuple[int, int, int]], numel: int, count: int) -> Layout:

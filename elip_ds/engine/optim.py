@@ -7,6 +7,7 @@ from torch import nn
 
 from elip_ds.config.schema import OptimConfig
 from elip_ds.engine.lamb import Lamb
+from elip_ds.engine.sharding import whole_shape
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -20,7 +21,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and not name.endswith(".bias")
+        decays = len(whole_shape(parameter)) > 1 and not name.endswith(".bias")
         if any(part in name for part in config.decay):
             decays = True
         if any(part in name for part in config.no_decay):

@@ -17,6 +17,11 @@ def is_sharded(parameter: Any) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """Of all of it, wherever it lies."""
+    return tuple(parameter.ds_shape if is_sharded(parameter) else parameter.shape)
+
+
 def local_tensor(parameter: Any) -> Tensor:
     """The tensor that holds the parameter here; refresh() after writing to a sharded one."""
     return parameter.ds_tensor.data if is_sharded(parameter) else parameter.data

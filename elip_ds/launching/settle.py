@@ -41,10 +41,12 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
     tree: the DeepSpeed JSON, as read_ds_config gave it.  Raises UserError, the same on all ranks.
     """
     asked = json_batch(tree, config.batching, run.world_size)
-    if asked[0] == "auto" and list_checkpoints(run.dir / "ckpt"):
-        # The run goes on with the batch that it has, whatever this machine could hold.
-        kept = read_config(run.dir / CONFIG).batching.global_batch_size
-        asked = kept, asked[1]
+    if list_checkpoints(run.dir / "ckpt"):
+        if asked[0] == "auto":
+            # The run goes on with the batch that it has, whatever this machine could hold.
+            asked = read_config(run.dir / CONFIG).batching.global_batch_size, asked[1]
+        if config.batching.hetero == "common":
+            check_ranks(int(asked[0]), asked[1], run.world_size, min_micro_batch(config))
     leads = run.ranks.local_rank == 0
     dist.leave_note(f"node-{run.rank}", {"name": socket.gethostname(), "leads": leads})
     if leads:
@@ -69,6 +71,30 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
         micro_batch_size=plan.micro_batch_size,
     )
     return replace(config, batching=batching), plan
+
+
+def check_ranks(total: int, micro: int | str, world_size: int, least: int) -> None:
+    """Raises UserError where a run that goes on cannot keep its global batch on so many ranks.
+
+    least: samples per rank and pass that the objectives need.
+    """
+    would_do = [n for n in range(1, total // least + 1) if total % n == 0]
+    if world_size not in would_do:
+        near = [
+            *[n for n in would_do if n < world_size][-1:],
+            *[n for n in would_do if n > world_size][:1],
+        ]
+        raise UserError(
+            f"this run goes on with its global batch of {total}, which {world_size} ranks cannot "
+            f"share equally with {least} or more samples each; nearest numbers of ranks that can: "
+            f"{', '.join(map(str, near))}"
+        )
+    share = total // world_size
+    if micro != "auto" and share % int(micro):
+        raise UserError(
+            f"this run goes on with its global batch of {total}, {share} for each of {world_size} "
+            f"ranks, which micro-batches of {micro} do not make; set batching.micro_batch_size=auto"
+        )
 
 
 class Refused(UserError):

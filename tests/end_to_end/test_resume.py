@@ -108,14 +108,6 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(start, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_other_ranks_or_stage_are_refused_in_one_line(whole, start):
-    job = start("whole", *LONG, ranks=1).finish(ok=False)
-    assert job.codes == [2]
-    assert "world_size=2" in job.output[0].splitlines()[-1]
-    job = start("whole", *LONG, json="z3").finish(ok=False)
-    assert job.codes == [2, 2]
-
-
 def test_weights_of_another_run_start_a_new_one(whole, start):
     words = (*LONG, f"model.init_from={whole.dir}", "schedule.length=8 samples", "optim.lr=1e-9")
     for stage in ("z0", "z3"):

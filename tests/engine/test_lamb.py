@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elip_ds.engine.lamb import PADDING, Lamb, Layout, _pad, _sliced, check_lamb
+from elip_ds.engine.lamb import PADDING, Lamb, Layout, _pad, check_lamb
 from elip_ds.errors import UserError
 
 SHAPES = ((4, 3), (7,), (2, 3, 5), (1,), (6, 6))
@@ -248,14 +248,6 @@ def test_a_layout_names_its_padding():
     pieces = layout.cut(torch.arange(9))
     assert [piece.tolist() for piece in pieces] == [[0, 1, 2, 3], [6, 7]]
     assert Layout((5,), (PADDING,), 2).cut(torch.arange(5)) == []
-
-
-def test_a_place_that_holds_other_values_is_found_out():
-    params = [torch.arange(4.0), torch.arange(4.0, 10.0)]
-    right, wrong = torch.arange(12.0), torch.arange(12.0).flip(0)
-    assert _sliced(right, params, [0, 4]).fault() is None
-    assert "values" in str(_sliced(wrong, params, [0, 4]).fault())
-    assert "bfloat16" in str(_sliced(right.bfloat16(), params, [0, 4]).fault())
 
 
 @pytest.mark.parametrize(

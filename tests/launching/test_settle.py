@@ -11,7 +11,7 @@ from elip_ds.batching import Plan
 from elip_ds.config import changed_keys, dump_config, load_config
 from elip_ds.errors import UserError
 from elip_ds.launching import settle
-from elip_ds.launching.settle import decide_plan, settle_batch
+from elip_ds.launching.settle import check_ranks, decide_plan, settle_batch
 from elip_ds.run import Run, open_run
 
 SCHEDULE = "pruning.schedule=[{after: 8 samples, keep_ratios: [0.5, 0.125]}]"
@@ -125,3 +125,21 @@ def test_a_run_that_has_a_checkpoint_keeps_its_global_batch(tmp_path, monkeypatc
     assert begin(32)[1].global_batch_size == 16
     again = load_config(tiny_words(f"run.dir={tmp_path}", "batching.global_batch_size=auto"))
     assert changed_keys(config, again) == ["batching.max_global: 16 -> None"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro", "says"),
+    [
+        (5, "auto", "12, which 5 ranks .*: 4, 6$"),
+        (12, "auto", "12 ranks cannot share equally with 2 or more samples each; .*: 6$"),
+        (2, 4, "6 for each of 2 ranks, which micro-batches of 4 .*micro_batch_size=auto"),
+    ],
+)
+def test_ranks_that_cannot_keep_the_batch_of_a_run_are_refused(world_size, micro, says):
+    with pytest.raises(UserError, match=says):
+        check_ranks(12, micro, world_size, least=2)
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, "auto"), (6, "auto"), (2, 3), (3, 4)])
+def test_ranks_that_keep_the_batch_of_a_run_go_on(world_size, micro):
+    check_ranks(12, micro, world_size, least=2)

@@ -15,10 +15,10 @@ TRAINS_SECONDS = 240
 "Two ranks start and train a tiny model, on a machine with other work."
 
 
-def submit(cluster: Cluster, folder: Path, *words: str) -> str:
+def submit(cluster: Cluster, folder: Path, *words: str, options: tuple[str, ...] = ()) -> str:
     """The script as people submit it, in the repository's folder. Returns the job's number."""
     words = (*tiny_words(), f"run.dir={folder}", "run.name=tiny", "engine.precision=fp32", *words)
-    options = ("--time=30", f"--output={folder}/job.log")
+    options = ("--time=30", f"--output={folder}/job.log", *options)
     return cluster.submit(*options, "slurm/pretrain_4m.sh", *words, cwd=ROOT)
 
 
