@@ -25,6 +25,7 @@ from elip_ds.towers.layers import (
     init_linear_and_norm,
     init_std,
 )
+from elip_ds.towers.linear import Linear
 from elip_ds.towers.recompute import Run, again, check_recompute, keeping
 from elip_ds.towers.word_table import WordEmbedding
 
@@ -263,7 +264,7 @@ class MLMHead(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
+        self.dense = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=EPS)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
