@@ -126,7 +126,11 @@ class METER(nn.Module):
         pairing: of one text for an image, words or pooled, what is wanted; None: both.
         """
         assert pairing is None or (len(pairing.own) == 1 and pairing.others is None), pairing
-        wants_words, wants_pooled = pairing is None or pairing.own[0], pairing != Pairing()
+        wants_words, wants_pooled = pairing is None or pairing.own[0], True
+        wanted: bool | Tensor = wants_words
+        if pairing is not None and wants_words:
+            wants_pooled = False
+            wanted = True if pairing.places is None else pairing.places
         words = self.cross_modal_text_transform(text.text_embeds)
         patches = self.cross_modal_image_transform(image.image_embeds)
         kinds = torch.arange(2, device=words.device)
@@ -139,7 +143,7 @@ class METER(nn.Module):
             text.attention_mask,
             recompute=self.config.fusion.recompute,
             training=self.training,
-            words=wants_words,
+            words=wanted,
             pooled=wants_pooled,
         )
         if not wants_pooled:

@@ -32,7 +32,7 @@ class FusedQKV(Linear):
     ) -> tuple[Tensor, ...]:
         """x: (B, N, D) -> q, k, v, each (B, N, D).
 
-        asking: (B, A, D) that alone get a q, (B, A, D).  values: False leaves out v then.
+        asking: (..., D) that alone get a q, (..., D).  values: False leaves out v then.
         """
         d = self.width
         if asking is None:
@@ -54,6 +54,17 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(-2)
 
 
+def pick(x: Tensor, places: Tensor) -> Tensor:
+    """(R, N, D) -> (S, D), those of the R * N tokens."""
+    return x.flatten(0, 1)[places]
+
+
+def spread(tokens: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of pick, zeros elsewhere: (S, D) -> (R, N, D)."""
+    rows = tokens.new_zeros(shape.numel(), tokens.shape[-1])
+    return rows.index_copy(0, places, tokens).view(*shape, -1)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with a fused qkv matrix; dropout on the attention weights."""
 
@@ -69,16 +80,22 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
         asking: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """x: (B, N, D) -> (B, N, D).
 
         mask: bool, (B, 1, 1, N) or (B, 1, N, N), True where a token may be attended to.
         causal: to itself and what is before it; instead of a mask.
         asking: (B, A, D), tokens of x for which alone the result is wanted; (B, A, D).
+        places: (S,), then asking is (S, D), those of the B * N tokens, in any order; (S, D).
         """
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x, asking))
+        query, *rest = self.qkv(x, asking)
+        if places is not None:
+            query = again(spread, query, places, x.shape[:2], copies=True)
+        q, k, v = (split_heads(part, self.heads) for part in (query, *rest))
         dropout = self.dropout if self.training else 0.0
-        return self.proj(merge_heads(attend(q, k, v, mask, dropout=dropout, causal=causal)))
+        out = merge_heads(attend(q, k, v, mask, dropout=dropout, causal=causal))
+        return self.proj(out if places is None else pick(out, places))
 
     def class_attention(self, x: Tensor) -> Tensor:
         """Head mean of the attention row of token 0, in fp32: x (B, N, D) -> (B, N).
@@ -119,17 +136,22 @@ class CrossAttention(nn.Module):
         keys_values: Tensor,
         mask: Tensor | None = None,
         readers: Readers | None = None,
+        among: tuple[Tensor, torch.Size] | None = None,
     ) -> Tensor:
         """x: (R, N, D) -> (R, N, D).  keys_values: (B, M, 2D), what key_value gives for a context.
         mask: (B, 1, 1, M) bool, True where the context may be attended to; None: all of it.
         readers: None where R = B and row i reads context i.
+        among: where x is (S, D), the places of these tokens among those of the rows, and (R, N);
+        (S, D).
 
         Rows that read the same context are one longer sequence of queries to it: its keys and
         values are there once. A context for a single row is copied for it.
         """
         own, others = readers or Readers()
-        batch, length = len(keys_values), x.shape[1]
         q = self.query(x)
+        if among is not None:
+            q = again(spread, q, *among, copies=True)
+        batch, length = len(keys_values), q.shape[1]
         parts = []
         if own:
             first = q[: batch * own].unflatten(0, (batch, own)).flatten(1, 2)  # (B, own * N, D)
@@ -139,7 +161,8 @@ class CrossAttention(nn.Module):
             theirs = again(_rows, keys_values, others, copies=True)
             seen = None if mask is None else mask[others]
             parts.append(self._attend(q[batch * own :], theirs, seen))
-        return self.proj(again(_joined, *parts, copies=True) if len(parts) > 1 else parts[0])
+        whole = again(_joined, *parts, copies=True) if len(parts) > 1 else parts[0]
+        return self.proj(whole if among is None else pick(whole, among[0]))
 
     def _attend(self, query: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
         q = split_heads(query, self.heads)
