@@ -75,6 +75,10 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         formulas[getattr(aten, f"{name}_backward")] = _without_out(_attention_backward)
     for name in ("mv", "dot", "vdot"):
         formulas[getattr(aten, name)] = _without_out(lambda a, b: _product(a, b))
+    # Of torch's oneDNN, where it is built in: x (..., D), weight (O, D).
+    if torch.backends.mkldnn.is_available():
+        one = torch.ops.mkldnn._linear_pointwise
+        formulas[one] = _without_out(lambda x, weight, *_: 2 * x.numel() * weight.shape[0])
     for name in ("addmv", "addmv_", "addmm_", "baddbmm_", "addbmm", "addbmm_", "_addmm_activation"):
         formulas[getattr(aten, name)] = _without_out(lambda _, a, b, **__: _product(a, b))
     return formulas

@@ -64,16 +64,18 @@ def cross_layer(tokens: float, context: float, width: int, mlp_ratio: float) -> 
     return layer(tokens, width, mlp_ratio) + cross
 
 
-def last_layer(tokens: float, width: int, mlp_ratio: float) -> float:
-    """A layer for one token alone."""
-    attend = linear(1, width, 2 * width) + attention(1, tokens, width)
-    return linear(tokens, width, 2 * width) + attend + feed_forward(1, width, mlp_ratio)
+def last_layer(tokens: float, width: int, mlp_ratio: float, read: float = 1) -> float:
+    """A layer for so many tokens alone."""
+    attend = linear(read, width, 2 * width) + attention(read, tokens, width)
+    return linear(tokens, width, 2 * width) + attend + feed_forward(read, width, mlp_ratio)
 
 
-def last_cross_layer(tokens: float, context: float, width: int, mlp_ratio: float) -> float:
-    """A cross_layer for one token alone."""
-    cross = linear(1, width, 2 * width) + attention(1, context, width)
-    return last_layer(tokens, width, mlp_ratio) + cross
+def last_cross_layer(
+    tokens: float, context: float, width: int, mlp_ratio: float, read: float = 1
+) -> float:
+    """A cross_layer for so many tokens alone."""
+    cross = linear(read, width, 2 * width) + attention(read, context, width)
+    return last_layer(tokens, width, mlp_ratio, read) + cross
 
 
 def patch_embedding(vision: Any) -> float:
@@ -166,10 +168,10 @@ def _albef(config: Config, batch: int, words: float, guessed: float) -> Floor:
     upper = text.depth - text.fusion_layer
 
     def fuse(whole: int, pooled: int, tokens: int) -> float:
-        """So many texts of which words are wanted, and so many of which the class token is."""
+        """So many texts of which guessed words are read, and so many of which the class token."""
         sizes = words, tokens, width, text.mlp_ratio
         below = (upper - 1) * (whole + pooled) * cross_layer(*sizes)
-        last = whole * cross_layer(*sizes) + pooled * last_cross_layer(*sizes)
+        last = whole * last_cross_layer(*sizes, guessed) + pooled * last_cross_layer(*sizes)
         return below + last + upper * linear(tokens, model.vision.width, 2 * width)
 
     tokens = total.see()
@@ -223,15 +225,18 @@ def _meter(config: Config, batch: int, words: float, guessed: float) -> Floor:
     total.add("text", passes * text.depth * layer(words, text.width, text.mlp_ratio))
 
     def stream(own: float, other: float, last: str) -> float:
-        """last: of the last layer all is read, one token, or nothing."""
+        """last: of the last layer guessed words are read, one token, or nothing."""
         sizes = own, other, width, fusion.mlp_ratio
         keys = linear(other, width, 2 * width)
-        ends = {"all": cross_layer(*sizes) + keys, "one": last_cross_layer(*sizes) + keys}
+        ends = {
+            "words": last_cross_layer(*sizes, guessed) + keys,
+            "one": last_cross_layer(*sizes) + keys,
+        }
         return (fusion.depth - 1) * (cross_layer(*sizes) + keys) + ends.get(last, 0.0)
 
     start = linear(words, text.width, width) + linear(tokens, model.vision.width, width)
     matched = start + stream(words, tokens, "one") + stream(tokens, words, "one")
-    guessing = start + stream(words, tokens, "all") + stream(tokens, words, "nothing")
+    guessing = start + stream(words, tokens, "words") + stream(tokens, words, "nothing")
     total.add("fusion", (matched if itm else 0.0) + (guessing if mlm else 0.0))
     if itm:  # the poolers
         total.add("fusion", linear(2, width, width))

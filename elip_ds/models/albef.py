@@ -33,7 +33,7 @@ class ALBEF(TwoTowers):
     ) -> Fused:
         """Row i of the text reads row i of the image, unless a pairing says otherwise."""
         states, pooled = self.text.fuse(text.text_embeds, text.attention_mask, image.seen, pairing)
-        return Fused(states, pooled if len(pooled) else states[:, 0])
+        return Fused(states, pooled if len(pooled) or states.ndim == 2 else states[:, 0])
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """Masked words guessed: (..., D) -> (..., V)."""

@@ -46,7 +46,7 @@ class BLIP(TwoTowers):
         """
         input_ids = _start_with(self.config.text.encoder_id, text.input_ids)
         states, pooled = self.text.fuse(input_ids, text.attention_mask, image.seen, pairing)
-        return Fused(states, pooled if len(pooled) else states[:, 0])
+        return Fused(states, pooled if len(pooled) or states.ndim == 2 else states[:, 0])
 
     def decode(self, input_ids: Tensor, attention_mask: Tensor, image: ImageFeatures) -> Tensor:
         """input_ids, attention_mask: (B, L) -> (B, L, D), of each token what it says of the next.

@@ -78,7 +78,8 @@ class ImageFeatures:
 
 
 class Fused(NamedTuple):
-    """text: (R, L, D) text states that have seen the image, of pairs whose words are wanted.
+    """text: (R, L, D) text states that have seen the image, of pairs whose words are wanted; (S, D)
+    where only some of their states are (Pairing.places).
     pooled: (R', P) for a matching head, of all other pairs; where there are none, of those.
     """
 

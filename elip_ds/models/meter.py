@@ -22,6 +22,7 @@ from elip_ds.models.joint import ModelConfig
 from elip_ds.towers.bert import EPS, Pairing
 from elip_ds.towers.coattention import CoAttentionConfig, coattend, stream
 from elip_ds.towers.layers import init_linear_and_norm, init_std
+from elip_ds.towers.linear import Linear
 from elip_ds.towers.pruning import KeepIndex, check_pruning
 from elip_ds.towers.roberta import RoBERTa, RoBERTaConfig
 from elip_ds.towers.vit import ViT, ViTConfig
@@ -69,13 +70,13 @@ class METER(nn.Module):
         width = config.fusion.width
         self.visual = ViT(config.vision, pruning, keep_base=keep_base(pruning))
         self.text = RoBERTa(config.text)
-        self.cross_modal_text_transform = nn.Linear(config.text.width, width)
-        self.cross_modal_image_transform = nn.Linear(config.vision.width, width)
+        self.cross_modal_text_transform = Linear(config.text.width, width)
+        self.cross_modal_image_transform = Linear(config.vision.width, width)
         self.token_type_embeddings = nn.Embedding(2, width)
         self.cross_modal_text_layers = stream(config.fusion)
         self.cross_modal_image_layers = stream(config.fusion)
-        self.cross_modal_text_pooler = nn.Linear(width, width)
-        self.cross_modal_image_pooler = nn.Linear(width, width)
+        self.cross_modal_text_pooler = Linear(width, width)
+        self.cross_modal_image_pooler = Linear(width, width)
         self.mlm_head = UntiedMLMHead(width, config.text.vocab_size)
         for part in (
             self.cross_modal_text_transform,
@@ -125,7 +126,11 @@ class METER(nn.Module):
         pairing: of one text for an image, words or pooled, what is wanted; None: both.
         """
         assert pairing is None or (len(pairing.own) == 1 and pairing.others is None), pairing
-        wants_words, wants_pooled = pairing is None or pairing.own[0], pairing != Pairing()
+        wants_words, wants_pooled = pairing is None or pairing.own[0], True
+        wanted: bool | Tensor = wants_words
+        if pairing is not None and wants_words:
+            wants_pooled = False
+            wanted = True if pairing.places is None else pairing.places
         words = self.cross_modal_text_transform(text.text_embeds)
         patches = self.cross_modal_image_transform(image.image_embeds)
         kinds = torch.arange(2, device=words.device)
@@ -138,7 +143,7 @@ class METER(nn.Module):
             text.attention_mask,
             recompute=self.config.fusion.recompute,
             training=self.training,
-            words=wants_words,
+            words=wanted,
             pooled=wants_pooled,
         )
         if not wants_pooled:
@@ -157,9 +162,9 @@ class UntiedMLMHead(nn.Module):
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, width)
+        self.dense = Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=EPS)
-        self.decoder = nn.Linear(width, vocab_size, bias=False)
+        self.decoder = Linear(width, vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -108,13 +108,15 @@ class Pairs(NamedTuple):
 
     image: the pass of the images.  own: texts, (B, ...) each, whose row i reads image i.
     others: texts and, for each row, the image that it reads.
-    words: all states of the texts are wanted; False: the pooled ones alone. Others want no words.
+    words: states of the texts are wanted; False: the pooled ones alone. Others want no words.
+    places: (S,) of these states, which of own one behind the other, image by image; None: all.
     """
 
     image: Pass
     own: tuple[TextFeatures, ...]
     others: tuple[tuple[TextFeatures, Tensor], ...] = ()
     words: bool = False
+    places: Tensor | None = None
 
 
 class StepContext:
@@ -123,6 +125,7 @@ class StepContext:
     texts: name -> (input_ids, attention_mask), each (B, L); starts with "clean".
     views: name -> images (B, 3, H, W); starts with "main".
     given: what earlier objectives hand to later ones (see Objective.gives).
+    places: name of a text -> (S,), which of its B * L states, fused, a pass has to give; none: all.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class StepContext:
         self.texts = {"clean": (batch.input_ids, batch.attention_mask)}
         self.views = {"main": batch.images}
         self.given: dict[str, Tensor] = {}
+        self.places: dict[str, Tensor] = {}
         self.passes: dict[Pass, Any] = {}
         self._models, self._seed, self._prune_teacher = models, seed, prune_teacher
         self._keep_ratios = keep_ratios
@@ -215,8 +219,10 @@ class StepContext:
         return model.encode_image(images, guide, keep_ratios=self._keep_ratios)
 
     def _run_fusion(self, spec: Pass) -> Fused:
-        text = self.run(spec._replace(tower="text"))
-        return self._models[spec.who].fuse(text, self.run(spec._replace(tower="image")))
+        text, image = (self.run(spec._replace(tower=tower)) for tower in ("text", "image"))
+        places = self.places.get(spec.text)
+        pairing = None if places is None else Pairing(places=places)
+        return self._models[spec.who].fuse(text, image, pairing)
 
     def _run_seen(self, spec: Pass) -> ImageFeatures:
         """Where decoder and fusion read an image by the same weights, these work on it once."""
@@ -239,19 +245,22 @@ class StepContext:
         own = [text for pairs in every for text in pairs.own]
         others = [other for pairs in every for other in pairs.others]
         if len(every) == len(own) == 1 and not others:
-            alone = Pairing((every[0].words,))
+            alone = Pairing((every[0].words,), places=every[0].places)
             return {objective: self.model().fuse(own[0], image, alone) for objective in asked}
         wants_words = tuple(pairs.words for pairs in every for _ in pairs.own)
         rows = torch.cat([rows for _, rows in others]) if others else None
+        places = next((pairs.places for pairs in every if pairs.words), None)
+        assert places is None or sum(wants_words) == 1, "places are among the words of one text"
         texts = TextFeatures.pile(own, [text for text, _ in others])
-        fused = self.model().fuse(texts, image, Pairing(wants_words, rows))
+        fused = self.model().fuse(texts, image, Pairing(wants_words, rows, places))
         return _deal(asked, fused, len(self.batch))
 
 
 def _deal(asked: dict["Objective", Pairs], fused: Fused, batch: int) -> dict["Objective", Fused]:
     """The rows of one pass (see towers.bert.read_images), given back to those who asked."""
     counts = [sum(len(p.own) for p in asked.values() if p.words is kind) for kind in (True, False)]
-    states = fused.text.unflatten(0, (batch, counts[0]))
+    picked = any(pairs.places is not None for pairs in asked.values())
+    states = fused.text if picked else fused.text.unflatten(0, (batch, counts[0]))
     pooled = fused.pooled[: batch * counts[1]].unflatten(0, (batch, counts[1]))
     at, rest = {True: 0, False: 0}, batch * counts[1]
     dealt = {}
@@ -261,9 +270,9 @@ def _deal(asked: dict["Objective", Pairs], fused: Fused, batch: int) -> dict["Ob
         end = rest + batch * len(pairs.others)
         parts = [fused.pooled[rest:end]]
         rest = end
-        text = states[:, :0].flatten(0, 1)
+        text = fused.text[:0]
         if pairs.words:
-            text = states[:, columns].flatten(0, 1)
+            text = states if picked else states[:, columns].flatten(0, 1)
         else:
             parts.insert(0, pooled[:, columns].flatten(0, 1))
         dealt[objective] = Fused(text, torch.cat(parts))

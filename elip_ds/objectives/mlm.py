@@ -92,19 +92,22 @@ class MLM(Objective):
         )
         context.texts["masked"] = (masked, attention_mask)
         context.given["masked_words"] = selected
+        room = room_for(self.config.probability, selected.numel())
+        places = context.places["masked"] = first_of(selected.flatten(), room)
         text = context.run(Pass("text", text="masked"))
-        return Pairs(Pass("image", guide=self.config.guide), (text,), words=True)
+        image = Pass("image", guide=self.config.guide)
+        return Pairs(image, (text,), words=True, places=places)
 
     def forward(self, context: StepContext) -> Loss:
-        states = context.fused(self).text.flatten(0, 1)  # (B * L, D)
-        selected = context.given["masked_words"].flatten()
-        at = first_of(selected, room_for(self.config.probability, len(selected)))
-        selected, labels = selected[at], context.texts["clean"][0].flatten()[at]
-        rows = [states[at], labels]
+        states = context.fused(self).text  # (S, D)
+        at = context.places["masked"]
+        selected = context.given["masked_words"].flatten()[at]
+        labels = context.texts["clean"][0].flatten()[at]
+        rows = [states, labels]
         if self.config.alpha > 0:
             spec = Pass("fusion", "teacher", text="masked", guide=self.config.guide)
             with torch.no_grad():
-                rows.append(context.run(spec).text.flatten(0, 1)[at])
+                rows.append(context.run(spec).text)
         alpha = ramp(self.config.alpha, self.config.alpha_ramp, context.progress)
 
         def judge(states: Tensor, labels: Tensor, taught: Tensor | None = None) -> Any:

@@ -24,7 +24,9 @@ from elip_ds.towers.layers import (
     check_heads,
     init_linear_and_norm,
     init_std,
+    pick,
 )
+from elip_ds.towers.linear import Linear
 from elip_ds.towers.recompute import Run, again, check_recompute, keeping
 from elip_ds.towers.word_table import WordEmbedding
 
@@ -76,10 +78,13 @@ class Pairing(NamedTuple):
     own: for each text that image i is read by, of which there are as many for every image, whether
     its words are wanted; the rows of the texts are image by image, in this order.
     others: (B * G,) or None: the images that further texts read; their class token is wanted.
+    places: (S,) or None: of the states of the texts whose words are wanted, B * words * L in a row,
+    those that are read, each once; None: all.
     """
 
     own: tuple[bool, ...] = (True,)
     others: Tensor | None = None
+    places: Tensor | None = None
 
 
 class BERT(nn.Module):
@@ -190,21 +195,27 @@ class BERTLayer(nn.Module):
         context_visible: Tensor | None = None,
         decode: bool = False,
         readers: Readers | None = None,
-        asks: str = "all",
+        asks: str | Tensor = "all",
     ) -> Tensor:
         """x: (R, L, D) -> (R, L, D).  visible: bool, (R, 1, 1, L) or (R, 1, L, L); None: all.
         context: None, or the keys and values (B, M, 2D) that self.cross.key_value gives for one.
         context_visible: (B, 1, 1, M) bool; None: all of it.  readers: who reads which context.
-        decode: by the decoder's self-attention.  asks: class gives token 0 alone, (R, 1, D).
+        decode: by the decoder's self-attention.  asks: class gives token 0 alone, (R, 1, D);
+        (S,), places among the R * L tokens, give these, (S, D).
         """
         attn, norm = self.attn, self.attn_norm
         if decode:
             attn, norm = self.decoder_attn, self.decoder_attn_norm
-        asking = None if asks == "all" else x[:, :1]
-        seen = attn(x, visible, asking=asking)
+        places = asks if isinstance(asks, Tensor) else None
+        among = None if places is None else (places, x.shape[:2])
+        if places is not None:
+            asking = pick(x, places)
+        else:
+            asking = None if asks == "all" else x[:, :1]
+        seen = attn(x, visible, asking=asking, places=places)
         x = again(norm, (x if asking is None else asking) + self.dropout(seen))
         if context is not None:
-            seen = self.cross(x, context, context_visible, readers)
+            seen = self.cross(x, context, context_visible, readers, among)
             x = again(self.cross_norm, x + self.dropout(seen))
         return again(self.mlp_norm, x + self.dropout(self.mlp(x)))
 
@@ -220,9 +231,9 @@ def read_images(
     """Texts through layers that read images, all pairs in one pass.
 
     text: (R, L, D).  attention_mask: (R, L).  image: (B, M, C), or each layer's keys and values.
-    Returns the states of the texts whose words are wanted (B * words, L, D), and the class tokens
-    of all others (R - B * words, D), each in the order of the pairing.
-    Where no words are wanted the last layer runs for the class token alone.
+    Returns the states of the texts whose words are wanted (B * words, L, D), or those at the
+    pairing's places, (S, D), and the class tokens of all others (R - B * words, D), each in the
+    order of the pairing. The last layer runs for what is wanted alone.
     """
     own = len(pairing.own)
     visible = attention_mask.bool()[:, None, None, :]
@@ -238,7 +249,8 @@ def read_images(
     states, pooled = text.new_zeros(0, *text.shape[1:]), text.new_zeros(0, text.shape[2])
     if words:
         rows, see = (_texts(part, batch, own, words) for part in (x, visible))
-        states = run(last, rows, see, seen, None, False, Readers(len(words)))
+        asks = "all" if pairing.places is None else pairing.places
+        states = run(last, rows, see, seen, None, False, Readers(len(words)), asks)
     if rest or pairing.others is not None:
         rows, see = (
             torch.cat([_texts(part, batch, own, rest), part[batch * own :]])
@@ -263,7 +275,7 @@ class MLMHead(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
+        self.dense = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=EPS)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 

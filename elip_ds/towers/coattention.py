@@ -57,7 +57,7 @@ def coattend(
     *,
     recompute: str,
     training: bool,
-    words: bool = True,
+    words: bool | Tensor = True,
     pooled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """text (B, L, D), image (B, M, D) -> both, after the two streams' layers of equal number.
@@ -65,7 +65,8 @@ def coattend(
     attention_mask: (B, L) of the text; no stream sees its padding.  Layer l of either stream reads
     what layer l - 1 of the other gave, so neither runs ahead.
     recompute, training: see towers.recompute.
-    words: all states of the text are wanted; False: the first alone, (B, 1, D).
+    words: all states of the text are wanted; False: the first alone, (B, 1, D); (S,): those of the
+    B * L, (S, D).
     pooled: the first state of the image is wanted, too; the last layer gives no other, (B, 1, D),
     or without pooled none, (B, 0, D).
     """
@@ -73,7 +74,9 @@ def coattend(
     last = len(text_layers) - 1
     with keeping(recompute, training) as run:
         for number, (of_text, of_image) in enumerate(zip(text_layers, image_layers, strict=True)):
-            text_asks = "class" if number == last and not words else "all"
+            text_asks: str | Tensor = "all"
+            if number == last and words is not True:
+                text_asks = "class" if words is False else words
             image_asks = "class" if number == last else "all"
             before = text
             text = run(partial(_read, of_text, text_asks), text, visible, image, None)
@@ -86,7 +89,7 @@ def coattend(
 
 def _read(
     layer: Any,
-    asks: str,
+    asks: str | Tensor,
     x: Tensor,
     visible: Tensor | None,
     other: Tensor,

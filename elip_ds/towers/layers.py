@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from elip_ds.errors import UserError
 from elip_ds.towers.attention import attend
+from elip_ds.towers.linear import Linear, linear
 from elip_ds.towers.recompute import again
 
 
-class FusedQKV(nn.Linear):
+class FusedQKV(Linear):
     """One matrix for query, key and value; rows are q, then k, then v (the timm layout)."""
 
     def __init__(self, width: int, bias: bool = True) -> None:
@@ -31,15 +32,15 @@ class FusedQKV(nn.Linear):
     ) -> tuple[Tensor, ...]:
         """x: (B, N, D) -> q, k, v, each (B, N, D).
 
-        asking: (B, A, D) that alone get a q, (B, A, D).  values: False leaves out v then.
+        asking: (..., D) that alone get a q, (..., D).  values: False leaves out v then.
         """
         d = self.width
         if asking is None:
             return super().forward(x).chunk(3, dim=-1)
         end = (3 if values else 2) * d
         bias = self.bias if self.bias is not None else x.new_zeros(3 * d)
-        query = F.linear(asking, self.weight[:d], bias[:d])
-        rest = F.linear(x, self.weight[d:end], bias[d:end])
+        query = linear(asking, self.weight[:d], bias[:d])
+        rest = linear(x, self.weight[d:end], bias[d:end])
         return query, *rest.split(d, dim=-1)
 
 
@@ -53,6 +54,17 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(-2)
 
 
+def pick(x: Tensor, places: Tensor) -> Tensor:
+    """(R, N, D) -> (S, D), those of the R * N tokens."""
+    return x.flatten(0, 1)[places]
+
+
+def spread(tokens: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of pick, zeros elsewhere: (S, D) -> (R, N, D)."""
+    rows = tokens.new_zeros(shape.numel(), tokens.shape[-1])
+    return rows.index_copy(0, places, tokens).view(*shape, -1)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with a fused qkv matrix; dropout on the attention weights."""
 
@@ -60,7 +72,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.qkv = FusedQKV(width)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(
         self,
@@ -68,16 +80,22 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
         asking: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """x: (B, N, D) -> (B, N, D).
 
         mask: bool, (B, 1, 1, N) or (B, 1, N, N), True where a token may be attended to.
         causal: to itself and what is before it; instead of a mask.
         asking: (B, A, D), tokens of x for which alone the result is wanted; (B, A, D).
+        places: (S,), then asking is (S, D), those of the B * N tokens, in any order; (S, D).
         """
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x, asking))
+        query, *rest = self.qkv(x, asking)
+        if places is not None:
+            query = again(spread, query, places, x.shape[:2], copies=True)
+        q, k, v = (split_heads(part, self.heads) for part in (query, *rest))
         dropout = self.dropout if self.training else 0.0
-        return self.proj(merge_heads(attend(q, k, v, mask, dropout=dropout, causal=causal)))
+        out = merge_heads(attend(q, k, v, mask, dropout=dropout, causal=causal))
+        return self.proj(out if places is None else pick(out, places))
 
     def class_attention(self, x: Tensor) -> Tensor:
         """Head mean of the attention row of token 0, in fp32: x (B, N, D) -> (B, N).
@@ -108,9 +126,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(context_width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(context_width, 2 * width)
+        self.proj = Linear(width, width)
 
     def forward(
         self,
@@ -118,17 +136,22 @@ class CrossAttention(nn.Module):
         keys_values: Tensor,
         mask: Tensor | None = None,
         readers: Readers | None = None,
+        among: tuple[Tensor, torch.Size] | None = None,
     ) -> Tensor:
         """x: (R, N, D) -> (R, N, D).  keys_values: (B, M, 2D), what key_value gives for a context.
         mask: (B, 1, 1, M) bool, True where the context may be attended to; None: all of it.
         readers: None where R = B and row i reads context i.
+        among: where x is (S, D), the places of these tokens among those of the rows, and (R, N);
+        (S, D).
 
         Rows that read the same context are one longer sequence of queries to it: its keys and
         values are there once. A context for a single row is copied for it.
         """
         own, others = readers or Readers()
-        batch, length = len(keys_values), x.shape[1]
         q = self.query(x)
+        if among is not None:
+            q = again(spread, q, *among, copies=True)
+        batch, length = len(keys_values), q.shape[1]
         parts = []
         if own:
             first = q[: batch * own].unflatten(0, (batch, own)).flatten(1, 2)  # (B, own * N, D)
@@ -138,7 +161,8 @@ class CrossAttention(nn.Module):
             theirs = again(_rows, keys_values, others, copies=True)
             seen = None if mask is None else mask[others]
             parts.append(self._attend(q[batch * own :], theirs, seen))
-        return self.proj(again(_joined, *parts, copies=True) if len(parts) > 1 else parts[0])
+        whole = again(_joined, *parts, copies=True) if len(parts) > 1 else parts[0]
+        return self.proj(whole if among is None else pick(whole, among[0]))
 
     def _attend(self, query: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
         q = split_heads(query, self.heads)
@@ -162,12 +186,22 @@ def check_heads(section: str, width: int, heads: int) -> None:
 
 
 class Dropout(nn.Dropout):
-    """As its base, but keeping one byte an element on a CPU, too, where torch keeps the factor."""
+    """As its base, but on a CPU, too, it keeps one byte an element, where torch keeps the factor.
+
+    There it drops p rounded to 1 / 65536: an element's draw is 16 bits of a 64-bit number, which
+    takes a quarter of the time of torch's mask.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.p):
             return x
-        return torch.native_dropout(x, self.p, True)[0]
+        dropped = round(self.p * 65536)
+        plain = x.device.type != "cpu" or torch.compiler.is_compiling()
+        if plain or not 0 < dropped < 65536:
+            return torch.native_dropout(x, self.p, True)[0]
+        numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = numbers.view(torch.int16)[: x.numel()].view(x.shape)  # -32768..32767
+        return x * (bits >= dropped - 32768) * (65536 / (65536 - dropped))
 
 
 class _QuickGELU(torch.autograd.Function):
@@ -191,6 +225,11 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_,
+    "quick_gelu": lambda x: x.mul_(torch.sigmoid(1.702 * x)),
+}
+"The same on a tensor that nobody else reads, without gradient."
 
 
 class MLP(nn.Module):
@@ -198,12 +237,15 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.activation, self.overwrite = ACTIVATIONS[activation], IN_PLACE[activation]
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(again(self.activation, self.fc1(x)))
+        hidden = self.fc1(x)
+        if torch.is_grad_enabled():
+            return self.fc2(again(self.activation, hidden))
+        return self.fc2(self.overwrite(hidden))
 
 
 class PreNormBlock(nn.Module):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elip_ds.towers.linear import linear
+
 
 class WordEmbedding(nn.Embedding):
     """Ids to vectors, and, being the decoder's matrix too, vectors to word scores.
@@ -35,7 +37,7 @@ class WordEmbedding(nn.Embedding):
             device = x.device.type
             rounds = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
             shares = shares and not rounds
-            return F.linear(x, self._shared.table(self.weight) if shares else self.weight)
+            return linear(x, self._shared.table(self.weight) if shares else self.weight, None)
         if not shares:
             return super().forward(x)
         table, pending = self._shared.table(self.weight), self._shared.pending

@@ -32,13 +32,19 @@ def build_mlm(**config):
 
 def context_of(batch, student, teacher, epoch=1.0):
     """A context whose fused states are already word logits: student, teacher (B, L, V)."""
-    model = SimpleNamespace(
-        word_logits=lambda hidden: hidden, fuse=lambda *_: Fused(student, student[:, 0])
-    )
+
+    def model(states):
+        def fuse(text, image, pairing):
+            return Fused(states.flatten(0, 1)[pairing.places], states[:0, 0])
+
+        return SimpleNamespace(word_logits=lambda hidden: hidden, fuse=fuse)
+
     progress = Progress(step=1, samples_seen=round(epoch * 1000), samples_per_epoch=1000)
-    context = StepContext(batch, {"student": model, "teacher": model}, progress)
+    models = {"student": model(student), "teacher": model(teacher)}
+    context = StepContext(batch, models, progress)
     context.passes[Pass("text", text="masked")] = context.passes[Pass("seen")] = None
-    context.passes[Pass("fusion", "teacher", "masked", guide=None)] = Fused(teacher, teacher[:, 0])
+    context.passes[Pass("text", "teacher", "masked")] = None
+    context.passes[Pass("image", "teacher", guide=None)] = None
     return context
 
 
@@ -166,7 +172,7 @@ def test_accuracy_counts_selected_words_guessed_right(batch):
 
 def test_without_alpha_the_teacher_is_not_asked(batch, logits):
     context = context_of(batch, *logits)
-    del context.passes[Pass("fusion", "teacher", "masked", guide=None)]
+    del context.passes[Pass("text", "teacher", "masked")]
     assert build_mlm(alpha=0.0)(context).values["mlm"].isfinite()
 
 

@@ -123,6 +123,16 @@ def test_what_is_not_wanted_is_not_made_and_changes_nothing_else(words, pooled):
         torch.testing.assert_close(some, all_of_it[:, : some.shape[1]], atol=2e-6, rtol=1e-5)
 
 
+def test_chosen_words_equal_those_among_all():
+    streams, inputs, places = make_streams(), make_inputs(), torch.tensor([17, 0, 9])
+    chosen, patches = coattend(
+        *streams, *inputs, recompute="none", training=True, words=places, pooled=True
+    )
+    text, image = run(streams, inputs)
+    torch.testing.assert_close(chosen, text.flatten(0, 1)[places], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(patches, image[:, :1], atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_of_weights_and_inputs_equal_those_of_the_formulas():
     streams, (text, image, mask) = make_streams(), make_inputs()
     draw = torch.Generator().manual_seed(3)

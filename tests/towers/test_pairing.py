@@ -11,6 +11,7 @@ from towers.test_med import uneven
 from elip_ds.towers import BERT, MED, BERTConfig, MEDConfig
 from elip_ds.towers.bert import BERTLayer, Pairing, TextConfig
 from elip_ds.towers.layers import Readers
+from elip_ds.towers.recompute import keeping
 
 SMALL = {"vocab_size": 50, "width": 32, "heads": 2, "max_positions": 16, "dropout": 0.0}
 B, L, M, C, D = 3, 6, 5, 24, 32
@@ -179,3 +180,57 @@ def test_where_words_are_wanted_of_some_texts_the_others_still_cost_one_token_in
     texts, mask = make_texts(tower, 12)
     tower.fuse(texts, mask, draw(B, M, C), Pairing((True, False, False), torch.tensor([1, 2, 0])))
     assert sizes == [(B, L, D), (2 * B + 3, 1, D)]
+
+
+# ---- the last layer for chosen words alone
+
+
+PLACES = torch.tensor([16, 0, 3, 7, 5])
+"Of 3 texts of 6 words, in no order; of the second one alone, of the third one the last but one."
+
+
+@pytest.mark.parametrize("others", [None, [1, 2, 0]], ids=["words", "words and others"])
+@pytest.mark.parametrize("make", [make_bert, make_med], ids=["bert", "med"])
+def test_chosen_words_equal_those_among_all(make, others):
+    tower, image = make(2), draw(B, M, C)
+    texts, mask = make_texts(tower, B + len(others or []))
+    rows = None if others is None else torch.tensor(others)
+
+    def results(places):
+        seen = image.clone().requires_grad_()
+        tower.zero_grad(set_to_none=True)
+        states, pooled = tower.fuse(texts, mask, seen, Pairing((True,), rows, places))
+        states = states.flatten(0, 1)[PLACES] if places is None else states
+        loss = (states * draw(*states.shape, seed=2)).sum() + pooled.sin().sum()
+        loss.backward()
+        read = {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
+        return {"states": states, "pooled": pooled, "image": seen.grad} | read
+
+    chosen, among_all = results(PLACES), results(None)
+    assert chosen["states"].shape == (len(PLACES), D) and chosen.keys() == among_all.keys()
+    for name in chosen:
+        torch.testing.assert_close(chosen[name], among_all[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_chosen_words_alone_go_through_the_last_feed_forward_and_its_projections():
+    tower, sizes = make_bert(2), []
+    last = tower.layers[-1]
+    for part in (last.attn.proj, last.cross.query, last.cross.proj, last.mlp):
+        part.register_forward_hook(lambda _, inputs, output: sizes.append(output.shape))
+    texts, mask = make_texts(tower, B)
+    tower.fuse(texts, mask, draw(B, M, C), Pairing(places=PLACES))
+    assert sizes == 4 * [(len(PLACES), D)]
+
+
+def test_chosen_words_keep_less_than_all():
+    layer = uneven(BERTLayer(TextConfig(**SMALL), C))
+
+    def kept(asks):
+        x = draw(B, L, D).requires_grad_()
+        keys_values = layer.cross.key_value(draw(B, M, C))
+        with keeping("none", True) as run, Storages() as storages:
+            loss = run(layer, x, None, keys_values, None, False, None, asks).sum()
+        assert loss.requires_grad
+        return sum(made.nbytes for made in storages.alive())
+
+    assert kept(PLACES) < 0.6 * kept("all")
