@@ -21,7 +21,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from elip_ds.metrics.catalog import CATALOG
+from elip_ds.metrics.catalog import CATALOG, Series
 
 _KINDS: dict[str, Any] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram, "info": Info}
 _BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
@@ -48,7 +48,7 @@ class Exporter:
         self._series: dict[str, Any] = {}
         constant = {"run": run, "node": node}
         for entry in CATALOG:
-            if entry.scope == "endpoint" or (entry.scope == "run" and rank > 0):
+            if not self.has(entry):
                 continue
             more = constant | ({"rank": str(rank)} if entry.scope == "rank" else {})
             extra = {"buckets": _BUCKETS} if entry.kind == "histogram" else {}
@@ -58,6 +58,10 @@ class Exporter:
             values = (*more.values(),)
             bound = _Labelled(series, values) if entry.labels else series.labels(*values)
             self._series[entry.name] = bound
+
+    def has(self, entry: Series) -> bool:
+        """Whether it is this rank's to tell."""
+        return entry.scope == "rank" or (entry.scope == "run" and self._rank == 0)
 
     def __getitem__(self, name: str) -> Any:
         return self._series[name]
