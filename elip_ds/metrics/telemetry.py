@@ -33,7 +33,7 @@ from elip_ds.metrics.plan_file import read_memory
 from elip_ds.metrics.publishing import Publisher, node_name
 from elip_ds.run import Run
 
-BRISK_SECONDS, LAZY_SECONDS = 2.0, 10.0
+BRISK_SECONDS, LAZY_SECONDS = 5.0, 10.0
 "Series are written at the end of an interval, or between, when the last time is so long ago."
 TWIN_SECONDS = 30.0
 "Between two measurements of the twin's distance, which reads all weights."
