@@ -33,8 +33,10 @@ from elip_ds.metrics.plan_file import read_memory
 from elip_ds.metrics.publishing import Publisher, node_name
 from elip_ds.run import Run
 
-BRISK_SECONDS, LAZY_SECONDS = 5.0, 10.0
-"Series are written at the end of an interval, or between, when the last time is so long ago."
+LAZY_SECONDS = 10.0
+"Series are written at the end of an interval, or where none ends for so long."
+TIMES_THE_COST = 500
+"But no sooner than after so many times what writing them took the last time."
 TWIN_SECONDS = 30.0
 "Between two measurements of the twin's distance, which reads all weights."
 RECALLS = (1, 5, 10)
@@ -63,6 +65,7 @@ class Telemetry:
             self._start_run(engine.total_samples(loader))
         self.publisher = Publisher(config.metrics, run, self.out)
         self._written = self._twin_measured = time.perf_counter()
+        self._pause = 0.0
 
     def step(self, record: StepRecord, seconds: float) -> None:
         """seconds: of the step, by the wall clock."""
@@ -72,7 +75,7 @@ class Telemetry:
                 self._phases[phase].observe(spent)
             if self.run.first:
                 self._count(record)
-            if time.perf_counter() - self._written > LAZY_SECONDS:
+            if time.perf_counter() - self._written > max(LAZY_SECONDS, self._pause):
                 self._write(record)
 
     def interval(self, record: StepRecord, line: dict[str, Any]) -> None:
@@ -82,7 +85,7 @@ class Telemetry:
         with self._timed():
             if self.run.first:
                 self._set_means(line)
-            if time.perf_counter() - self._written > BRISK_SECONDS:
+            if time.perf_counter() - self._written > self._pause:
                 self._measure_twin()
                 self._write(record)
 
@@ -195,11 +198,13 @@ class Telemetry:
         self._twin_measured = time.perf_counter()
 
     def _write(self, record: StepRecord) -> None:
+        start = time.perf_counter()
         self._set_rank()
         if self.run.first:
             self._set_position(record)
         self.publisher.write()
         self._written = time.perf_counter()
+        self._pause = TIMES_THE_COST * (self._written - start)
 
     def _set_rank(self) -> None:
         out = self.out
