@@ -100,7 +100,7 @@ def grafana(board: Dashboard) -> dict[str, Any]:
 
 
 def variables(board: Dashboard) -> list[dict[str, Any]]:
-    listed = [
+    listed: list[dict[str, Any]] = [
         {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
     ]
     for name in ("run", "other") if board.compares else ("run",):

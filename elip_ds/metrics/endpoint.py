@@ -263,7 +263,8 @@ def read_mark(path: Path) -> dict[str, Any]:
 
 def target_text(settings: Settings, host_port: str, mark: dict[str, Any]) -> str:
     """For Prometheus' file_sd_configs; labels that begin with __ never reach a series."""
-    labels = {"run": settings.run, "node": settings.node, "__elip_mark": json.dumps(mark)}
+    labels = {"run": settings.run, "node": settings.node, "exporter": "elip_ds"}
+    labels["__elip_mark"] = json.dumps(mark)
     if settings.job:
         labels["slurm_job_id"] = settings.job
     if settings.certificate:

@@ -119,7 +119,9 @@ def test_the_endpoint_agrees_with_the_file_while_the_run_trains(watched):
     assert math.prod(sizes) == labelled(scraped, "elip_global_batch_size")[""]
     assert labelled(scraped, "elip_oom_retries") == {"": 0}
     assert scraped["elip_gradient_norm", ""] == line["gradient_norm"] > 0
-    assert scraped["elip_memory_peak_bytes", ""] == pytest.approx(line["memory_peak_bytes"], rel=0.01)
+    assert scraped["elip_memory_peak_bytes", ""] == pytest.approx(
+        line["memory_peak_bytes"], rel=0.01
+    )
     assert 2**20 < line["memory_used_bytes"] <= line["memory_peak_bytes"] * 1.01
 
 

@@ -180,7 +180,8 @@ def test_the_target_is_the_endpoint_with_its_run_and_job(serve, tmp_path):
     (group,) = json.loads(path.read_text())
     assert [f"http://{target}/metrics" for target in group["targets"]] == [served.url]
     shown = {key: value for key, value in group["labels"].items() if not key.startswith("__")}
-    assert shown == {"run": "demo", "node": "n1", "slurm_job_id": "4711"}
+    exporter = {"exporter": "elip_ds"}  # by which rules know whose target does not answer
+    assert shown == {"run": "demo", "node": "n1", "slurm_job_id": "4711", **exporter}
     assert (served.run_dir / "metrics.url").read_text() == served.url + "\n"
 
 
@@ -268,8 +269,8 @@ def test_a_page_for_people_is_beside_the_series(serve):
 
 
 def test_a_family_comes_once_however_many_have_it():
-    one = "# HELP a x\n# TYPE a gauge\na{rank=\"0\"} 1\n# HELP b y\n# TYPE b gauge\nb 1\n"
-    two = "# HELP a x\n# TYPE a gauge\na{rank=\"1\"} 2\n"
+    one = '# HELP a x\n# TYPE a gauge\na{rank="0"} 1\n# HELP b y\n# TYPE b gauge\nb 1\n'
+    two = '# HELP a x\n# TYPE a gauge\na{rank="1"} 2\n'
     assert merge([one, two]) == (
         '# HELP a x\n# TYPE a gauge\na{rank="0"} 1\na{rank="1"} 2\n'
         "# HELP b y\n# TYPE b gauge\nb 1\n"

@@ -41,6 +41,7 @@ PHASES = {"data": 0.05, "forward": 0.3, "backward": 0.4, "communication": 0.15, 
 def healthy() -> dict[str, str]:
     """A run of 4 ranks, a step a second, 64 samples each, for three hours, saving every half."""
     values = {
+        series("up", exporter="elip_ds", node="n0"): constant(1),
         series("elip_samples_total"): steadily(64),
         series("elip_tokens_total", modality="text"): steadily(640),
         series("elip_optimizer_steps_total"): steadily(1),
@@ -88,6 +89,7 @@ PROVOKED = {
         of_rank("elip_last_step_timestamp_seconds", rank): f"{steadily(1, HOUR)} {then((3600, 2))}"
         for rank in RANKS
     },
+    "ElipNodeSilent": {series("up", exporter="elip_ds", node="n0"): then((1, 1), (0, 2))},
     "ElipRankDead": {of_rank("elip_rank_up", "3"): then((1, 1), (0, 2))},
     "ElipLossNotFinite": {series("elip_loss", objective="itc"): then((3, 1), ("NaN", 2))},
     "ElipStepsSkipped": {
@@ -110,11 +112,14 @@ PROVOKED = {
     },
     "ElipCheckpointOld": {series("elip_checkpoint_last_success_timestamp_seconds"): constant(0)},
     "ElipRestartLoop": {
-        series("elip_start_timestamp_seconds"): then((0, 1), (3600, 1 / 6), (4200, 1 / 6), (4800, 1))
+        series("elip_start_timestamp_seconds"): then(
+            (0, 1), (3600, 1 / 6), (4200, 1 / 6), (4800, 1)
+        )
     },
 }
 WHEN = {
     "ElipTrainingStalled": "1h8m",
+    "ElipNodeSilent": "1h3m",
     "ElipRankDead": "1h3m",
     "ElipLossNotFinite": "1h1m",
     "ElipStepsSkipped": "1h12m",

@@ -14,7 +14,9 @@ from elip_ds.metrics import CATALOG
 KINDS = {entry.name: entry.kind for entry in CATALOG}
 ENDINGS = {"histogram": ("_sum", "_count", "_bucket"), "info": ("_info",)}
 SERIES = {
-    entry.name + ending: entry.name for entry in CATALOG for ending in ENDINGS.get(entry.kind, ("",))
+    entry.name + ending: entry.name
+    for entry in CATALOG
+    for ending in ENDINGS.get(entry.kind, ("",))
 }
 EXPRESSIONS = [
     expression for board in DASHBOARDS for panel in board.panels for expression in panel.shown
