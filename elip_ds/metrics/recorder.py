@@ -17,6 +17,7 @@ from elip_ds import dist
 from elip_ds.config import Config, duration_in_samples
 from elip_ds.data import TrainLoader
 from elip_ds.engine import Engine, StepRecord, due
+from elip_ds.metrics.also import open_writers, write_line
 from elip_ds.metrics.progress import Progress
 from elip_ds.metrics.telemetry import Telemetry, memory
 from elip_ds.run import Run
@@ -49,6 +50,7 @@ class Recorder:
         self._progress = Progress(total_samples) if run.first else None
         if run.first:
             self._keep_lines_up_to(engine.step)
+        self._also = open_writers(config, run.dir, engine.step) if run.first else []
         self.telemetry = Telemetry(config, run, engine, loader)
         self._last_operations = 0
         self._last_time = self._interval_start = time.perf_counter()
@@ -109,6 +111,8 @@ class Recorder:
         if self._steps and self._last_record is not None:
             self._write_interval(self._last_record)
         self.telemetry.close(self._last_record)
+        for writer in self._also:
+            writer.close()
         if self._progress is not None:
             self._progress.close()
 
@@ -187,6 +191,7 @@ class Recorder:
             log.error("loss %s is not finite at step %d", ", ".join(wrong), record.step)
 
     def _write(self, line: dict[str, Any]) -> None:
+        write_line(self._also, line)
         try:
             with (self.run.dir / METRICS).open("a") as file:
                 file.write(json.dumps(_strict(line)) + "\n")
