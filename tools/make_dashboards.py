@@ -1,7 +1,8 @@
-"""Write the dashboards that tools/panels.py describes: Grafana's, and a page that needs no Grafana.
+"""Write the dashboards that tools/panels.py describes: Grafana's, and a page that needs no Grafana;
+and the tables of series and alerts in docs/telemetry.md.
 
 examples:
-  python tools/make_dashboards.py            # into tools/dashboards/ and elip_ds/metrics/page.html
+  python tools/make_dashboards.py            # all of it
   python tools/make_dashboards.py --check    # status 1 where these are not what it would write
 
 tools/dashboards/ is a provisioning folder: grafana/provisioning/{datasources,dashboards} are what
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from panels import DASHBOARDS, Dashboard, Panel
 
 from elip_ds.metrics import CATALOG
@@ -21,6 +23,7 @@ from elip_ds.metrics import CATALOG
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).with_name("page_template.html")
 PAGE = Path("elip_ds/metrics/page.html")
+DOCS, RULES = Path("docs/telemetry.md"), Path("elip_ds/metrics/rules.yml")
 GRAFANA = Path("tools/dashboards")
 SCHEMA = 39
 "Of Grafana 10.4 and 11; newer ones take it and bring it up to their own."
@@ -74,7 +77,40 @@ def made() -> dict[Path, str]:
     files[provisioning / "datasources" / "prometheus.yml"] = DATASOURCES
     files[provisioning / "dashboards" / "elip.yml"] = PROVIDERS
     files[PAGE] = page()
+    files[DOCS] = with_tables((ROOT / DOCS).read_text())
     return files
+
+
+def with_tables(text: str) -> str:
+    """The page of docs with its tables written anew."""
+    tables = {"catalog": series_table(), "alerts": alert_table()}
+    for name, table in tables.items():
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        text = f"{before}<!-- {name} -->\n{table}<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    return text
+
+
+def series_table() -> str:
+    lines = ["| series | kind | unit | labels | scope | what it is, and how to read it |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for entry in CATALOG:
+        labels = ", ".join(entry.labels)
+        lines.append(
+            f"| `{entry.name}` | {entry.kind} | {entry.unit} | {labels} | {entry.scope} "
+            f"| {entry.help} {entry.meaning} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def alert_table() -> str:
+    lines = ["| alert | severity | when | what to do |", "| --- | --- | --- | --- |"]
+    groups = yaml.safe_load((ROOT / RULES).read_text())["groups"]
+    for rule in (rule for group in groups for rule in group["rules"] if "alert" in rule):
+        when = " ".join(rule["expr"].split()).replace("|", "\\|")
+        after = f", for {rule['for']}" if "for" in rule else ""
+        severity, what = rule["labels"]["severity"], rule["annotations"]["runbook"]
+        lines.append(f"| {rule['alert']} | {severity} | `{when}`{after} | {what} |")
+    return "\n".join(lines) + "\n"
 
 
 def grafana(board: Dashboard) -> dict[str, Any]:
