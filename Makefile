@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-fast test-slow check format clean
+.PHONY: train test test-fast test-slow check format clean dashboards-demo
 
 train: $(VENV)/.train
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed elip_ds/train.py --deepspeed ds_configs/z2.json $(ARGS)
@@ -19,6 +19,11 @@ test-fast: $(VENV)/.test
 # One at a time: most of them start two ranks of their own.
 test-slow: $(VENV)/.test
 	PATH="$(abspath $(BIN)):$$PATH" python -m pytest -m slow $(ARGS)
+
+# A real Prometheus (apt-get install --no-install-recommends prometheus) watches the demo train.
+dashboards-demo: $(VENV)/.train
+	PATH="$(abspath $(BIN)):$$PATH" python tools/watch_runs.py -- \
+	    deepspeed elip_ds/train.py --deepspeed ds_configs/z2.json metrics.every="256 samples" $(ARGS)
 
 check: $(VENV)/.check
 	$(BIN)/ruff format --check .

@@ -5,11 +5,13 @@ Row order everywhere: rank 0's rows first, then rank 1's, ...
 """
 
 import datetime
+import functools
 import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +127,8 @@ def start(ranks: Ranks, timeout_seconds: float = 1800) -> None:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     for name in ("rank", "local_rank", "world_size"):
         os.environ.setdefault(name.upper(), str(getattr(ranks, name)))
+    if ranks.world_size > 1:
+        _time_collectives()
     cuda = ranks.device.type == "cuda"
     if cuda:
         torch.cuda.set_device(ranks.device)
@@ -136,6 +140,43 @@ def start(ranks: Ranks, timeout_seconds: float = 1800) -> None:
         timeout=timeout,
         device_id=ranks.device if cuda else None,
     )
+
+
+_collective_seconds = 0.0
+_COLLECTIVES = (
+    *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "barrier"),
+    *("reduce_scatter", "reduce_scatter_tensor", "all_gather_object", "all_to_all_single"),
+)
+
+
+def collective_seconds() -> float:
+    """How long collectives have held up this process since it joined, waiting for others included,
+    DeepSpeed's among them. One that runs in the background, as all do on a GPU, hardly counts.
+    """
+    return _collective_seconds
+
+
+def _time_collectives() -> None:
+    """Whoever calls them by torch.distributed's names; they come once at most, as no two nest."""
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            global _collective_seconds
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _collective_seconds += time.perf_counter() - start
+
+        return call
+
+    for name in _COLLECTIVES:
+        function = getattr(td, name)
+        if not hasattr(function, "__wrapped_for_time__"):
+            wrapped = timed(function)
+            wrapped.__wrapped_for_time__ = True  # type: ignore[attr-defined]
+            setattr(td, name, wrapped)
 
 
 def stop() -> None:

@@ -1,8 +1,6 @@
 """What a training step computes and keeps for its backward pass, by part of the model.
 
-Operations are those of matrix products, convolutions and attention, two for a multiply-add, as
-torch.utils.flop_counter counts them. Attention counts as the plain matrix products it stands for,
-whatever kernel runs it: forward two, backward four, masked tokens included.
+Operations are counted as elip_ds/engine/operations.py says.
 
 Bytes come in two counts. `kept`: storages that were created during the forward and are alive at its
 end, whatever keeps them. `saved`: storages that autograd was handed for its backward. Parameters,
@@ -20,8 +18,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from elip_ds.engine.operations import formulas
 from elip_ds.launching.parts import PARTS, current_part, listeners
 
 _boundaries: list[tuple[int, str]] = []
@@ -37,56 +35,6 @@ def _note(part: str) -> None:
 
 
 listeners.append(_note)
-
-# Operations.
-
-aten = torch.ops.aten
-
-
-def _product(a: Tensor, b: Tensor) -> int:
-    """(..., m, k) with (k, n) or (..., k, n); of a vector n is 1."""
-    return 2 * a.numel() * (b.shape[-1] if b.ndim > 1 else 1)
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """(B, H, N, d), (B, H, M, d), (B, H, M, e): scores, and their product with the values."""
-    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-
-
-def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return _attention(query, key, value)
-
-
-def _attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-) -> int:
-    # torch counts a fifth product, of the scores that fused kernels compute anew.
-    return 2 * _attention(query, key, value)
-
-
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """Operator -> operations of a call with these arguments. torch's, with what they miss."""
-    formulas: dict[Any, Callable[..., int]] = dict(flop_registry)
-    kinds = ("efficient", "flash", "cudnn", "flash")
-    ends = ("", "", "", "_for_cpu")
-    for kind, end in zip(kinds, ends, strict=True):
-        name = f"_scaled_dot_product_{kind}_attention{end}"
-        formulas[getattr(aten, name)] = _without_out(_attention_forward)
-        formulas[getattr(aten, f"{name}_backward")] = _without_out(_attention_backward)
-    for name in ("mv", "dot", "vdot"):
-        formulas[getattr(aten, name)] = _without_out(lambda a, b: _product(a, b))
-    # Of torch's oneDNN, where it is built in: x (..., D), weight (O, D).
-    if torch.backends.mkldnn.is_available():
-        one = torch.ops.mkldnn._linear_pointwise
-        formulas[one] = _without_out(lambda x, weight, *_: 2 * x.numel() * weight.shape[0])
-    for name in ("addmv", "addmv_", "addmm_", "baddbmm_", "addbmm", "addbmm_", "_addmm_activation"):
-        formulas[getattr(aten, name)] = _without_out(lambda _, a, b, **__: _product(a, b))
-    return formulas
-
-
-def _without_out(formula: Callable[..., int]) -> Callable[..., int]:
-    return lambda *args, out_val=None, **kwargs: formula(*args, **kwargs)
-
 
 # Counting.
 
@@ -131,7 +79,7 @@ class _Counter(TorchDispatchMode):
         # By address. A weak reference keeps that of what is gone, so that no other storage gets it.
         self._inputs = [x.untyped_storage() for x in inputs]
         self._before = {x._cdata: StorageWeakRef(x) for x in self._inputs}
-        self._formulas = _formulas()
+        self._formulas = formulas()
         self._created: dict[int, tuple[StorageWeakRef, str, int]] = {}
         self._packed: dict[int, StorageWeakRef] = {}
         self._operations: tuple[dict[str, int], dict[str, int]] = (_zeros(), _zeros())

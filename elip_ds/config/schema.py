@@ -515,9 +515,23 @@ class MetricsConfig:
     every: str = "1024 samples"
     "Interval between lines in the log, in metrics.jsonl and in the endpoint's values."
     port: int | None = 9400
-    "Port of the Prometheus endpoint on rank 0, the next free one if taken; null: off."
+    "Port of each node's Prometheus endpoint, the next free one if taken; null: none."
     address: str = "127.0.0.1"
-    "Address that the endpoint listens on."
+    "Address that endpoints listen on: loopback, a cluster interface's, or 0.0.0.0 for all."
+    sd_dir: str | None = None
+    "Folder in which each node keeps a target file while it runs, for Prometheus' file_sd_configs."
+    textfile_dir: str | None = None
+    "Folder of node_exporter's textfile collector, where nothing else may be scraped."
+    certificate: str | None = None
+    "PEM file; with it endpoints speak TLS."
+    key: str | None = None
+    "PEM file of the certificate's key, where it is not in the same."
+    password_file: str | None = None
+    "File with USER:PASSWORD that endpoints ask for."
+    device_peak_tflops: float | None = None
+    "What a device can do, for the MFU; null: what a large matrix product reaches at the start."
+    also: list[str] = field(default_factory=list)
+    "Where else to write the lines of metrics.jsonl: csv, tensorboard, wandb."
 
     def __post_init__(self) -> None:
         check_duration("metrics.every", self.every, above_zero=True)
@@ -526,6 +540,21 @@ class MetricsConfig:
             f"metrics.port={self.port}: 0 (any free one) to 65535, or null for none",
         )
         _require(bool(self.address), "metrics.address is empty: 127.0.0.1, or 0.0.0.0 for all")
+        for name in ("sd_dir", "textfile_dir", "certificate", "key", "password_file"):
+            _require(getattr(self, name) != "", f"metrics.{name} is empty: a path, or null")
+        _require(
+            self.key is None or self.certificate is not None,
+            "metrics.key without metrics.certificate: give both, or neither",
+        )
+        _require(
+            self.device_peak_tflops is None or self.device_peak_tflops > 0,
+            f"metrics.device_peak_tflops={self.device_peak_tflops}: above 0, or null",
+        )
+        for name in self.also:
+            _require(
+                name in ("csv", "tensorboard", "wandb"),
+                f"metrics.also={list(self.also)}: choose among csv, tensorboard, wandb",
+            )
 
 
 @dataclass(frozen=True)

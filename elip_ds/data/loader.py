@@ -107,6 +107,24 @@ class TrainLoader:
         """Samples that this rank could not use since its start, by source and kind."""
         return self._intake.bad
 
+    @property
+    def ready(self) -> int:
+        """Batches that the workers have made and nobody has taken yet; 0 without workers."""
+        queue = getattr(self._batches, "_data_queue", None)  # of torch's iterator with workers
+        early = getattr(self._batches, "_task_info", {})  # made before their turn: (worker, batch)
+        return (queue.qsize() if queue else 0) + sum(len(task) == 2 for task in early.values())
+
+    def shard_positions(self, samples_seen: int) -> dict[str, tuple[float, int]]:
+        """source -> how many shards of its present pass are behind, on average over the window in
+        which samples are shuffled, and how many there are.
+        """
+        positions = {}
+        for source, size in zip(self.dataset.sources, self.order.sources, strict=True):
+            visits = samples_seen * size.per_epoch / self.samples_per_epoch
+            share = visits % size.samples / size.samples
+            positions[source.name] = share * len(size.shards), len(size.shards)
+        return positions
+
     def check(self, step: int) -> None:
         """Every few steps all ranks hear how much was bad. Every rank calls it. Raises UserError
         on all of them when it is too much.

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from elip_ds.engine.compile import check_compile, compile_blocks
 from elip_ds.engine.ds_config import fill_ds_config, fit_buckets
 from elip_ds.engine.fused import Place, choose_kernels, swap_layer_norms
 from elip_ds.engine.lamb import Lamb, bind_lamb, check_lamb
+from elip_ds.engine.operations import Operations, matmul_peak
 from elip_ds.engine.optim import build_optimizer
 from elip_ds.engine.places import find_places
 from elip_ds.engine.prefetch import Prefetcher
@@ -46,14 +48,17 @@ from elip_ds.weights import start_from
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PHASES = ("data", "forward", "backward", "communication", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
     """What one optimizer step was. losses, logs: means over this rank's micro-batches, on the
-    device. seconds: by phase, host time.  applied: False when fp16 overflow skipped the update.
-    kept_tokens: sequence length after each pruning stage.  bad_samples: left out on this rank
-    since its start, by source and kind (see data/record.py).
+    device. seconds: by phase, host time; of communication what collectives hold the host up, which
+    on a CPU is all they take and on a GPU next to nothing.  applied: False when fp16 overflow
+    skipped the update.  kept_tokens: sequence length after each pruning stage.  text_tokens: of
+    this rank's captions, padding left out, on the device.  bad_samples: left out on this rank since
+    its start, by source and kind (see data/record.py).
     """
 
     step: int
@@ -65,6 +70,7 @@ class StepRecord:
     gradient_norm: float | Tensor | None
     seconds: dict[str, float]
     kept_tokens: tuple[int, ...]
+    text_tokens: Tensor
     global_batch_size: int
     applied: bool
     bad_samples: Counter[tuple[str, str]]
@@ -82,6 +88,8 @@ class Engine:
         self.folder = run.dir / "ckpt"
         self.on_lap: Callable[[str], None] = lambda part: None
         "Told each part of a step, as StepRecord.seconds names them, that has just ended."
+        self.operations: Operations | None = None
+        "Where it is given, it counts what the steps compute."
         self._ahead: Prefetcher | None = None
         self._optim = settle_optim(config.optim, plan.global_batch_size)
         self.ds_config = fill_ds_config(
@@ -149,6 +157,24 @@ class Engine:
     def precision(self) -> str:
         return next((n for n in ("bf16", "fp16") if self.ds_config[n]["enabled"]), "fp32")
 
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by before they go backward; 1 but in fp16."""
+        return float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+
+    def matmul_peak(self) -> float:
+        """Operations a second of a large matrix product in the run's precision, measured now."""
+        return matmul_peak(self.run.device, self._dtype)
+
+    def teacher_distance(self) -> float | None:
+        """How far the momentum twin is from the model, as a share of the model's own length, by
+        what this rank holds of both: an even part of each weight, or all. None without a twin.
+        """
+        if self.task.teacher is None:
+            return None
+        apart, length = self.task.teacher.distance(self.task.model, local_tensor).tolist()
+        return (apart / length) ** 0.5
+
     def total_samples(self, loader: TrainLoader) -> int:
         """Length of the run."""
         return duration_in_samples(self.config.schedule.length, loader.samples_per_epoch)
@@ -156,16 +182,20 @@ class Engine:
     def train_step(self, loader: TrainLoader) -> StepRecord:
         """Accumulate micro-batches, reduce, update: one optimizer step."""
         progress = Progress(self.step, self.samples_seen, loader.samples_per_epoch)
-        self._follow_schedule(progress, loader)
+        self._keep_ratios = keep_ratios_at(
+            self.config.pruning, progress.samples_seen, progress.samples_per_epoch
+        )
+        self._follow_schedule(loader)
         lr = learning_rate(
             self.samples_seen, self._optim, self.config.schedule, loader.samples_per_epoch
         )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+        seconds = dict.fromkeys(PHASES, 0.0)
         clock = _Clock(seconds, self.on_lap)
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
+        text_tokens: Any = 0
         steps = self.plan.gradient_accumulation_steps
         if self._ahead is None or self._ahead.batches is not loader:
             self._ahead = self._prefetch(loader)
@@ -177,10 +207,12 @@ class Engine:
             clock.lap("data")
             # Not when the loader has them: it reads ahead.
             self._bad.update((skipped.source, skipped.kind) for skipped in batch.skipped)
-            loss = self._engine(batch, progress.at(micro_step, steps))
-            clock.lap("forward")
-            self._engine.backward(loss.total)
-            clock.lap("backward")
+            text_tokens = text_tokens + batch.attention_mask.sum()
+            with self._counted(batch, "step"):
+                loss = self._engine(batch, progress.at(micro_step, steps))
+                clock.lap("forward")
+                self._engine.backward(loss.total)
+                clock.lap("backward")
             batches.start_next()
             clock.lap("data")
             for total, part in ((losses, loss.values), (logs, loss.logs)):
@@ -208,21 +240,20 @@ class Engine:
             gradient_norm=self._engine.get_global_grad_norm(),
             seconds=seconds,
             kept_tokens=loss.kept_tokens,
+            text_tokens=text_tokens,
             global_batch_size=self.plan.global_batch_size,
             applied=applied,
             bad_samples=self._bad.copy(),
         )
 
-    def _follow_schedule(self, progress: Progress, loader: TrainLoader) -> None:
+    def _follow_schedule(self, loader: TrainLoader) -> None:
         """Where pruning changes the plan may have another micro-batch: fewer tokens, more images.
 
         The global batch stays, and so does all that counts samples.
         """
         if not self.plan.later:
             return
-        pruning = self.config.pruning
-        ratios = keep_ratios_at(pruning, progress.samples_seen, progress.samples_per_epoch)
-        plan = self.plan.at(ratios)
+        plan = self.plan.at(self._keep_ratios)
         if plan == self.plan:
             return
         log.info(
@@ -254,11 +285,19 @@ class Engine:
         first = self._prefetch(iter(batches))
         with torch.no_grad():
             for micro_step, batch in enumerate(first):
-                self._engine(batch, progress.at(micro_step, len(batches)), first_pass=True)
+                with self._counted(batch, "first pass"):
+                    self._engine(batch, progress.at(micro_step, len(batches)), first_pass=True)
                 first.start_next()
-        self.task.cache.settle(progress)
+        with self._counted(batch, "settle"):
+            self.task.cache.settle(progress)
         clock.lap("forward")
         return self._prefetch(iter(batches))
+
+    def _counted(self, batch: Batch, kind: str) -> AbstractContextManager[None]:
+        """A pass over a batch, of a kind."""
+        if self.operations is None:
+            return nullcontext()
+        return self.operations.of((self._keep_ratios, tuple(batch.input_ids.shape), kind))
 
     def _prefetch(self, batches: Iterator[Batch]) -> Prefetcher:
         return Prefetcher(batches, self.run.device, self._dtype)
@@ -479,13 +518,18 @@ class Engine:
 
 
 class _Clock:
-    """Adds the time since the last lap to a phase, and tells that it has ended."""
+    """Adds the time since the last lap to a phase, what collectives took of it to communication,
+    and tells that the phase has ended.
+    """
 
     def __init__(self, seconds: dict[str, float], on_lap: Callable[[str], None]) -> None:
-        self._seconds, self._on_lap, self._last = seconds, on_lap, time.perf_counter()
+        self._seconds, self._on_lap = seconds, on_lap
+        self._last, self._last_collective = time.perf_counter(), dist.collective_seconds()
 
     def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self._seconds[phase] += now - self._last
-        self._last = now
+        now, collective = time.perf_counter(), dist.collective_seconds()
+        together = collective - self._last_collective
+        self._seconds[phase] += now - self._last - together
+        self._seconds["communication"] += together
+        self._last, self._last_collective = now, collective
         self._on_lap(phase)

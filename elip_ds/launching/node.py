@@ -240,12 +240,13 @@ def _forecast(node: Node, cache: Cache, accumulates: bool) -> Forecast:
 def _given(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
     """The user's number is obeyed; where the plan says otherwise, a warning has both figures."""
     micro, warnings = int(node.asked[1]), []
-    told = "as given"
+    told, planned = "as given", {}
     if node.config.batching.probe != "never":
         total = node.asked[0]
         accumulates = total != "auto" and int(total) > micro * node.world_size
         peak = memory.taken(_forecast(node, cache, accumulates).at(micro).highest)
         told = f"as given; the plan takes {show_bytes(peak)} of {show_bytes(memory.limit.bytes)}"
+        planned = {"planned_bytes": peak}
         if peak > memory.limit.bytes:
             warnings.append(
                 f"micro-batch {micro} takes {show_bytes(peak)} by the plan, there are "
@@ -257,6 +258,7 @@ def _given(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
         "told": told,
         "verified": False,
         "warnings": warnings,
+        **planned,
     }
 
 
@@ -355,6 +357,7 @@ def _probe(
         "told": f"measured{took}" + ("" if answer.verified else "; not verified"),
         "verified": answer.verified is not None,
         "warnings": list(answer.warnings),
+        "planned_bytes": memory.taken(forecast.at(size).highest),
         "guess": guess,
         "more_than_in_the_run_bytes": more,
         "tries": answer.tries,

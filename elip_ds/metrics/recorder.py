@@ -1,4 +1,4 @@
-"""StepRecords in; log lines, metrics.jsonl, Prometheus series and the closing summary out.
+"""StepRecords in; log lines and metrics.jsonl out, and by telemetry.py the Prometheus series.
 
 On steps that are not logged nothing is read back from the device.
 """
@@ -6,25 +6,20 @@ On steps that are not logged nothing is read back from the device.
 import json
 import logging
 import math
-import os
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor
 
-import elip_ds
 from elip_ds import dist
 from elip_ds.config import Config, duration_in_samples
 from elip_ds.data import TrainLoader
-from elip_ds.data.record import KINDS
 from elip_ds.engine import Engine, StepRecord, due
-from elip_ds.engine.out_of_memory import RETRIES
-from elip_ds.metrics.exporter import Exporter
+from elip_ds.metrics.also import open_writers, write_line
 from elip_ds.metrics.progress import Progress
+from elip_ds.metrics.telemetry import Telemetry, memory
 from elip_ds.run import Run
 
 log = logging.getLogger(__name__)
@@ -43,23 +38,24 @@ class Recorder:
         total_samples = engine.total_samples(loader)
         self._losses: dict[str, Any] = {}
         self._logs: dict[str, Any] = {}
+        self._text_tokens: Any = 0
         self._steps = 0
         self._last_record: StepRecord | None = None
-        self._last_time = self._interval_start = time.perf_counter()
         self._timed_samples, self._timed_seconds, self._seen_steps = 0, 0.0, 0
         self.losses_start: dict[str, float] = {}
         self.losses_end: dict[str, float] = {}
         self.last_scores: dict[str, float] = {}
         self.kept_tokens: tuple[int, ...] = ()
-        self.url: str | None = None
-        self._exporter = Exporter() if run.first else None
-        self._sources = [source.name for source in loader.dataset.sources]
-        self._bad: Counter[tuple[str, str]] = Counter()
         self._write_failed = False
         self._progress = Progress(total_samples) if run.first else None
-        if self._exporter is not None:
-            self._start_exporter(config)
+        if run.first:
             self._keep_lines_up_to(engine.step)
+        self._also = open_writers(config, run.dir, engine.step) if run.first else []
+        self.telemetry = Telemetry(config, run, engine, loader)
+        self._last_operations = 0
+        self._last_time = self._interval_start = time.perf_counter()
+        if run.first and self.telemetry.publisher.url:
+            log.info("metrics at %s", self.telemetry.publisher.url)
 
     @property
     def images_per_second(self) -> float:
@@ -78,10 +74,12 @@ class Recorder:
         for total, part in ((self._losses, record.losses), (self._logs, record.logs)):
             for name, value in part.items():
                 total[name] = total.get(name, 0.0) + value
+        self._text_tokens = self._text_tokens + record.text_tokens
         self._steps += 1
         self._last_record = record
-        if self._exporter is not None:
-            self._count(record, seconds)
+        self.telemetry.step(record, seconds)
+        if self._progress is not None:
+            self._progress.advance(record.samples_seen)
         if due(record.samples_seen, record.global_batch_size, self._every):
             self._write_interval(record)
 
@@ -89,12 +87,11 @@ class Recorder:
         """Held-out scores: to the log, the file and the endpoint."""
         self._leave_out_pause()
         self.last_scores = scores
-        if self._exporter is None:
+        if not self.run.first:
             return
         at = {"step": self.engine.step, "samples_seen": self.engine.samples_seen}
         self._write(at | {"scores": scores})
-        for k in (1, 5, 10):
-            self._exporter["elip_recall_ratio"].labels(k).set(scores[f"recall_at_{k}"])
+        self.telemetry.scores(scores)
         log.info(
             "held out: recall@1/5/10 %.4f %.4f %.4f of %d candidates (chance %.4f)",
             scores["recall_at_1"],
@@ -105,14 +102,17 @@ class Recorder:
         )
 
     def saved(self, checkpoint: Path | None) -> None:
+        """checkpoint: what engine.save gave, just now."""
+        self.telemetry.saved(checkpoint, time.perf_counter() - self._last_time)
         self._leave_out_pause()
-        if self._exporter is not None and checkpoint is not None:
-            self._exporter["elip_checkpoint_last_success_timestamp_seconds"].set(time.time())
 
     def close(self) -> None:
         """Write the steps after the last whole interval, if any. Every rank calls it."""
         if self._steps and self._last_record is not None:
             self._write_interval(self._last_record)
+        self.telemetry.close(self._last_record)
+        for writer in self._also:
+            writer.close()
         if self._progress is not None:
             self._progress.close()
 
@@ -122,102 +122,62 @@ class Recorder:
         self._interval_start += now - self._last_time
         self._last_time = now
 
-    def _start_exporter(self, config: Config) -> None:
-        assert self._exporter is not None
-        out, engine = self._exporter, self.engine
-        out["elip_run"].info(
-            {
-                "run": config.run.name,
-                "model": config.model.name,
-                "zero_stage": str(engine.stage),
-                "precision": engine.precision,
-                "version": elip_ds.__version__,
-                "torch": torch.__version__,
-            }
-        )
-        out["elip_world_size"].set(self.run.world_size)
-        out["elip_global_batch_size"].set(engine.plan.global_batch_size)
-        for source in self._sources:  # from 0 on, or the first ones would be no increase
-            for kind in KINDS:
-                out["elip_samples_skipped_total"].labels(source, kind)
-        out["elip_oom_retries"].set(int(os.environ.get(RETRIES, 0)))
-        for phase in ("data", "forward", "backward", "optimizer"):
-            out["elip_step_phase_seconds_total"].labels(phase)
-        if config.metrics.port is None:
-            return
-        self.url = out.serve(config.metrics.address, config.metrics.port)
-        if self.url:
-            self.run.write_text(self.run.dir / "metrics.url", self.url + "\n")
-            log.info("metrics at %s", self.url)
-
-    def _count(self, record: StepRecord, seconds: float) -> None:
-        out = self._exporter
-        assert out is not None
-        out["elip_samples_total"].inc(record.global_batch_size)
-        out["elip_optimizer_steps_total"].inc()
-        if not record.applied:
-            out["elip_optimizer_steps_skipped_total"].inc()
-        out["elip_step_duration_seconds"].observe(seconds)
-        for phase, spent in record.seconds.items():
-            out["elip_step_phase_seconds_total"].labels(phase).inc(spent)
-        out["elip_step"].set(record.step)
-        out["elip_micro_batch_size"].set(self.engine.plan.micro_batch_size)
-        steps = self.engine.plan.gradient_accumulation_steps
-        out["elip_gradient_accumulation_steps"].set(steps)
-        out["elip_samples_seen"].set(record.samples_seen)
-        out["elip_epoch"].set(record.epoch)
-        out["elip_learning_rate"].set(record.learning_rate)
-        for stage, tokens in enumerate(record.kept_tokens):
-            out["elip_kept_tokens"].labels(stage).set(tokens)
-        assert self._progress is not None
-        self._progress.advance(record.samples_seen)
-
     def _write_interval(self, record: StepRecord) -> None:
-        names = [*self._losses, *self._logs]
-        values = _mean_over_ranks([*self._losses.values(), *self._logs.values()], self._steps)
-        means = dict(zip(names, values, strict=True))
+        operations = self.engine.operations.total if self.engine.operations else 0
+        done, self._last_operations = operations - self._last_operations, operations
+        own = dist.sample_weight()
+        sums = {name: own * x for name, x in (self._losses | self._logs).items()}
+        sums["text tokens"] = self._text_tokens
+        means, ranks_done = _mean_over_ranks(sums, self._steps, done, self.run.device)
         losses = {name: means[name] for name in self._losses}
         logs = {name: means[name] for name in self._logs}
         bad = _sum_over_ranks(record.bad_samples)
         steps, self._steps, self._losses, self._logs = self._steps, 0, {}, {}
-        seconds = self._last_time - self._interval_start
-        rate = steps * record.global_batch_size / max(1e-9, seconds)
+        self._text_tokens = 0
+        seconds = max(1e-9, self._last_time - self._interval_start)
+        rate = steps * record.global_batch_size / seconds
         self._interval_start = self._last_time
         self.losses_start = self.losses_start or losses
         self.losses_end, self.kept_tokens = losses, record.kept_tokens
-        if self._exporter is None:
-            return
-        memory = _memory(self.run.device)
-        norm = record.gradient_norm
-        line = {
-            "step": record.step,
-            "samples_seen": record.samples_seen,
-            "epoch": record.epoch,
-            "losses": losses,
-            "logs": logs,
-            "learning_rate": record.learning_rate,
-            "gradient_norm": None if norm is None else float(norm),
-            "images_per_second": rate,
-            "seconds": record.seconds,
-            "kept_tokens": record.kept_tokens,
-            "memory_used_bytes": memory[0],
-            "memory_peak_bytes": memory[1],
-            "bad_samples": bad.total(),
-            "skipped": _by_source(bad),
-            "time": time.time(),
-        }
-        self._write(line)
-        for labels, count in (bad - self._bad).items():
-            self._exporter["elip_samples_skipped_total"].labels(*labels).inc(count)
-        self._bad = bad
-        for name, value in losses.items():
-            self._exporter["elip_loss"].labels(name).set(value)
-        for name, value in logs.items():
-            self._exporter["elip_signal"].labels(name).set(value)
-        if norm is not None:
-            self._exporter["elip_gradient_norm"].set(float(norm))
-        self._exporter["elip_memory_used_bytes"].set(memory[0])
-        self._exporter["elip_memory_peak_bytes"].set(memory[1])
+        wrong = [name for name, value in losses.items() if not math.isfinite(value)]
+        line: dict[str, Any] = {"step": record.step}
+        if self.run.first:
+            used, peak = memory(self.run.device)
+            norm = record.gradient_norm
+            tokens = 1 + self.telemetry.patches
+            line |= {
+                "samples_seen": record.samples_seen,
+                "epoch": record.epoch,
+                "losses": losses,
+                "logs": logs,
+                "learning_rate": record.learning_rate,
+                "gradient_norm": None if norm is None else float(norm),
+                "images_per_second": rate,
+                "tflops": ranks_done / seconds / 1e12,
+                "mfu": ranks_done / seconds / self.telemetry.peak_flops,
+                "seconds": record.seconds,
+                "kept_tokens": record.kept_tokens,
+                "kept_token_ratio": [kept / tokens for kept in record.kept_tokens],
+                "text_tokens": round(means["text tokens"] * steps * self.run.world_size),
+                "micro_batch_size": self.engine.plan.micro_batch_size,
+                "global_batch_size": record.global_batch_size,
+                "loss_scale": self.engine.loss_scale,
+                "applied": record.applied,
+                "nonfinite": wrong,
+                "memory_used_bytes": used,
+                "memory_peak_bytes": peak,
+                "bad_samples": bad.total(),
+                "skipped": _by_source(bad),
+                "time": time.time(),
+            }
+            self._write(line)
+            self.telemetry.bad_samples(bad)
+            self._tell(record, losses, rate, wrong)
+        self.telemetry.interval(record, line)
+
+    def _tell(
+        self, record: StepRecord, losses: dict[str, float], rate: float, wrong: list[str]
+    ) -> None:
         text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
         assert self._progress is not None
         if not self._progress.show(text, rate):
@@ -229,11 +189,11 @@ class Recorder:
                 record.learning_rate,
                 rate,
             )
-        wrong = [name for name, value in losses.items() if not math.isfinite(value)]
         if wrong:
             log.error("loss %s is not finite at step %d", ", ".join(wrong), record.step)
 
     def _write(self, line: dict[str, Any]) -> None:
+        write_line(self._also, line)
         try:
             with (self.run.dir / METRICS).open("a") as file:
                 file.write(json.dumps(_strict(line)) + "\n")
@@ -267,9 +227,14 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _mean_over_ranks(sums: list[Tensor], steps: int) -> list[float]:
-    stacked = torch.stack([value.float() for value in sums]) / steps * dist.sample_weight()
-    return (dist.sum_over_ranks(stacked) / dist.world_size()).tolist()
+def _mean_over_ranks(
+    sums: dict[str, Any], steps: int, operations: int, device: torch.device
+) -> tuple[dict[str, float], float]:
+    """Of each sum its mean by steps and ranks; and the operations of all ranks."""
+    parts = [torch.as_tensor(value, device=device).float() / steps for value in sums.values()]
+    parts.append(torch.tensor(float(operations), device=device))
+    *means, total = dist.sum_over_ranks(torch.stack(parts)).tolist()
+    return {k: v / dist.world_size() for k, v in zip(sums, means, strict=True)}, total
 
 
 def _sum_over_ranks(counts: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
@@ -283,13 +248,3 @@ def _by_source(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     for (source, reason), count in sorted(counts.items()):
         nested.setdefault(source, {})[reason] = count
     return nested
-
-
-def _memory(device: torch.device) -> tuple[int, int]:
-    """(used, peak) bytes of this rank."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return psutil.Process().memory_info().rss, peak

@@ -54,6 +54,19 @@ class MomentumTwin(nn.Module):
         self.write_back(local)
 
     @torch.no_grad()
+    def distance(self, student: nn.Module, local: LocalTensor) -> Tensor:
+        """(2,), fp32: of what this rank holds, the squared length of the difference to the student,
+        and that of the student itself.
+        """
+        parameters = dict(student.named_parameters())
+        apart, length = [], []
+        for (name, _), mine in zip(self.model.named_parameters(), self.masters(local), strict=True):
+            theirs = local(parameters[name]).float()
+            apart.append((mine.to(theirs.device) - theirs).square().sum())
+            length.append(theirs.square().sum())
+        return torch.stack([torch.stack(apart).sum(), torch.stack(length).sum()])
+
+    @torch.no_grad()
     def write_back(self, local: LocalTensor) -> None:
         """Round the fp32 averages into the copy that computes, where the two are not one."""
         for parameter, master in zip(self.model.parameters(), self.masters(local), strict=True):

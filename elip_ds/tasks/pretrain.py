@@ -109,6 +109,7 @@ class Pretrain(nn.Module):
             logs |= loss.logs
             if name not in replayed or progress.micro_step == 0:
                 self._carries[name].append(loss.carry)
+        logs |= _similarities(context, logs)
         kept = _kept_tokens(context)
         return StepLoss(total, values, logs, kept)
 
@@ -248,6 +249,25 @@ def _kept_tokens(context: StepContext) -> tuple[int, ...]:
     """Sequence lengths after the pruning stages of the student's first image pass."""
     images = (p for spec, p in context.passes.items() if spec[:2] == ("image", "student"))
     return next((image.keep.lengths for image in images), ())
+
+
+@torch.no_grad()
+def _similarities(context: StepContext, logs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean cosines within the micro-batch, where an objective gives them: of pairs, of non-pairs,
+    and of each image's most similar wrong text. When features collapse all three become one.
+    """
+    if "sim_i2t" not in context.given:
+        return {}
+    temperature = logs["temperature"] if "temperature" in logs else 1 / logs["logit_scale"]
+    cosines = context.given["sim_i2t"].float() * temperature
+    size = len(cosines)
+    own = cosines.diagonal()
+    wrong = cosines - 3 * torch.eye(size, device=cosines.device)  # out of a cosine's range
+    return {
+        "similarity_positive": own.mean(),
+        "similarity_negative": (cosines.sum() - own.sum()) / max(1, size * (size - 1)),
+        "similarity_hardest_negative": wrong.amax(dim=1).mean(),
+    }
 
 
 def _in_order(rows: Tensor, count: int) -> Tensor:

@@ -31,5 +31,7 @@ def test_a_name_follows_the_conventions(entry):
 @pytest.mark.parametrize("entry", CATALOG, ids=lambda entry: entry.name)
 def test_a_series_says_what_it_is_and_has_few_labels(entry):
     assert entry.help.endswith(".") and "\n" not in entry.help
+    assert entry.meaning.endswith(".") and entry.unit
+    assert entry.scope in ("run", "rank", "endpoint")
     assert len(entry.labels) <= 2
     assert not {"step", "path", "key", "sample", "shard", "rank"} & {*entry.labels}

@@ -1,0 +1,123 @@
+"""The lines of metrics.jsonl for those who look at runs with something else: metrics.also.
+
+csv: RUN/metrics.csv, a row for each value.  tensorboard: RUN/tensorboard.  wandb: Weights & Biases,
+project elip_ds, where WANDB_MODE=offline keeps it on disk. None of them is needed for anything.
+"""
+
+import csv
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from elip_ds.config import Config
+from elip_ds.config.schema import MetricsConfig
+from elip_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CSV = "metrics.csv"
+LEFT_OUT = ("step", "samples_seen", "skipped", "nonfinite", "time")
+
+
+class Writer(Protocol):
+    def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_also(config: MetricsConfig) -> None:
+    """Every rank calls it before it meets the others, so that none of them waits for one that
+    could not go on. Raises UserError where a package is missing.
+    """
+    for name in config.also:
+        if name != "csv" and find_spec(name) is None:
+            raise UserError(
+                f"metrics.also={list(config.also)}: pip install {name}, or leave it out"
+            )
+
+
+def open_writers(config: Config, run_dir: Path, step: int) -> list[Writer]:
+    """step: from which the run goes on."""
+    makers = {"csv": CsvWriter, "tensorboard": TensorBoardWriter, "wandb": WandbWriter}
+    return [makers[name](config, run_dir, step) for name in config.metrics.also]
+
+
+def flatten(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """'losses/itc', 'kept_tokens/0', ...: the numbers of a line."""
+    for key, value in line.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from flatten(value, f"{name}/")
+        elif isinstance(value, list | tuple):
+            yield from flatten({str(i): part for i, part in enumerate(value)}, f"{name}/")
+        elif isinstance(value, int | float):
+            yield name, float(value)
+
+
+def write_line(writers: list[Writer], line: dict[str, Any]) -> None:
+    """One that fails says so and is left out from then on: metrics stop no run."""
+    values = dict(flatten({key: part for key, part in line.items() if key not in LEFT_OUT}))
+    for writer in [*writers]:
+        try:
+            writer.write(line["step"], line["samples_seen"], values)
+        except Exception as error:  # whatever a library of others has to say
+            log.error("%s writes no more: %s", type(writer).__name__, error)
+            writers.remove(writer)
+
+
+class CsvWriter:
+    """step, samples_seen, name, value. What a start repeats after a kill is there twice."""
+
+    def __init__(self, config: Config, run_dir: Path, step: int) -> None:
+        self._path = run_dir / CSV
+        if not self._path.exists():
+            self._path.write_text("step,samples_seen,name,value\n")
+
+    def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
+        with self._path.open("a", newline="") as file:
+            rows = ((step, samples_seen, name, value) for name, value in values.items())
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class TensorBoardWriter:
+    def __init__(self, config: Config, run_dir: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a killed run wrote after its checkpoint is not shown.
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    def __init__(self, config: Config, run_dir: Path, step: int) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project="elip_ds",
+            name=config.run.name,
+            id=f"{config.run.name}-{config.run.seed}",
+            resume="allow",
+            dir=str(run_dir),
+            config=dataclasses.asdict(config),
+        )
+
+    def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._run.log(finite | {"samples_seen": samples_seen}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
