@@ -9,7 +9,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +173,47 @@ def barrier() -> None:
         td.barrier()
 
 
+_deal: tuple[int, ...] = ()
+
+
+def deal_samples(micro_batches: Sequence[int]) -> None:
+    """Say how many samples of a pass each rank has, where that is not the same on all of them."""
+    global _deal
+    _deal = () if len(set(micro_batches)) == 1 else tuple(micro_batches)
+
+
+def sample_weight() -> float:
+    """What makes this rank's mean its part of the mean over all ranks' samples: 1 where all have
+    as many.
+    """
+    return world_size() * _deal[rank()] / sum(_deal) if _deal and not _pretended else 1.0
+
+
+def _counts(own: int) -> list[int]:
+    """Samples of each rank, of which this one has so many."""
+    if not _deal or _pretended:
+        return [own] * world_size()
+    return [own * size // _deal[rank()] for size in _deal]
+
+
+def samples_before(own: int) -> int:
+    """The place of this rank's first sample among those of all ranks, of which it has so many."""
+    return sum(_counts(own)[: rank()])
+
+
+def gather_samples(x: Tensor) -> Tensor:
+    """x: (B, ...), B whole micro-batches of this rank -> those of all ranks, rank by rank. No
+    gradient.
+    """
+    counts = _counts(len(x))
+    if min(counts) == max(counts):
+        return gather_rows(x)
+    wide = x.new_zeros((max(counts), *x.shape[1:]))
+    wide[: len(x)] = x.detach()
+    parts = gather_rows(wide).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
 def gather_rows(x: Tensor) -> Tensor:
     """x: (B, ...), equal B on every rank -> (world_size * B, ...), rank by rank. No gradient."""
     if world_size() == 1:
@@ -184,26 +225,33 @@ def gather_rows(x: Tensor) -> Tensor:
     return out
 
 
-class _GatherRows(torch.autograd.Function):
+class _GatherSamples(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return gather_rows(x)
+        ctx.counts = _counts(len(x))
+        return gather_samples(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        own = grad.new_empty((len(grad) // world_size(), *grad.shape[1:]))
+        most = max(ctx.counts)
+        own = grad.new_empty((most, *grad.shape[1:]))
         whole = grad.contiguous()
+        if min(ctx.counts) < most:
+            whole = grad.new_zeros((len(ctx.counts), *own.shape))
+            for row, part in zip(whole, grad.split(ctx.counts), strict=True):
+                row[: len(part)] = part
+            whole = whole.flatten(0, 1)
         if not _pretended:
             td.reduce_scatter_tensor(own, whole)
-        return own
+        return own[: ctx.counts[rank()]]
 
 
-def gather_rows_with_grad(x: Tensor) -> Tensor:
-    """As gather_rows; the gradient of x is the sum of what all ranks have for x's rows.
+def gather_samples_with_grad(x: Tensor) -> Tensor:
+    """As gather_samples; the gradient of x is the sum of what all ranks have for x's rows.
 
     Every rank goes backward through it, or none does.
     """
-    return _GatherRows.apply(x) if world_size() > 1 else x
+    return _GatherSamples.apply(x) if world_size() > 1 else x
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         vocabulary,
         run,
         image_size=cfg.model.vision.pixels,
-        micro_batch_size=1,
+        micro_batches=(1,),
         eval_batch_size=cfg.eval.batch_size,
         max_eval=words.max_samples,
     )

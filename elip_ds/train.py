@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         vocabulary,
         run,
         image_size=cfg.model.vision.pixels,
-        micro_batch_size=plan.micro_batch_size,
+        micro_batches=plan.micro_batches,
         eval_batch_size=cfg.eval.batch_size,
         max_eval=cfg.eval.max_samples,
     )

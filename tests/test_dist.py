@@ -42,7 +42,7 @@ def test_with_one_rank_everything_is_the_identity():
 
 def test_with_one_rank_a_gather_with_gradient_passes_both_on():
     x = torch.randn(3, 2, requires_grad=True)
-    y = dist.gather_rows_with_grad(x)
+    y = dist.gather_samples_with_grad(x)
     assert torch.equal(y, x)
     y.mul(torch.arange(6.0).view(3, 2)).sum().backward()
     assert torch.equal(x.grad, torch.arange(6.0).view(3, 2))

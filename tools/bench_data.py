@@ -133,7 +133,7 @@ class Bench:
                 vocabulary,
                 run,
                 image_size=size,
-                micro_batch_size=args.batch,
+                micro_batches=(args.batch,),
                 eval_batch_size=args.batch,
                 max_eval=None,
             )[0]

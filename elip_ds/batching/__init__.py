@@ -12,6 +12,7 @@ from elip_ds.batching.plan import (
     plan_batch,
 )
 from elip_ds.batching.search import Answer, find_micro_batch
+from elip_ds.batching.shares import share_out
 
 __all__ = [
     "PHASES",
@@ -24,4 +25,5 @@ __all__ = [
     "micro_batches",
     "next_smaller",
     "plan_batch",
+    "share_out",
 ]

@@ -20,13 +20,15 @@ class Plan:
     """Samples: micro_batch_size per rank and pass, global_batch_size per optimizer step.
 
     later: micro-batches of the stretches of a pruning schedule, by their keep ratios; none: the
-    same from beginning to end.
+    same from beginning to end.  unequal: micro-batches of the ranks where they differ; then
+    micro_batch_size is the largest.
     """
 
     micro_batch_size: int
     gradient_accumulation_steps: int
     world_size: int
     later: Mapping[tuple[float, ...], int] = field(default_factory=dict, compare=False)
+    unequal: tuple[int, ...] = ()
 
     def at(self, keep_ratios: Sequence[float]) -> "Plan":
         """The plan of the stretch with these keep ratios; its global batch is the same."""
@@ -35,8 +37,13 @@ class Plan:
         return replace(self, micro_batch_size=micro, gradient_accumulation_steps=steps)
 
     @property
+    def micro_batches(self) -> tuple[int, ...]:
+        """Of every rank."""
+        return self.unequal or (self.micro_batch_size,) * self.world_size
+
+    @property
     def global_batch_size(self) -> int:
-        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
+        return sum(self.micro_batches) * self.gradient_accumulation_steps
 
 
 def plan_batch(
@@ -85,7 +92,7 @@ def micro_batches(
         share = _share(global_batch_size, world_size)
         if share < min_micro_batch:
             raise _too_few(share, min_micro_batch, world_size)
-        return [size for size in _divisors(share) if size >= min_micro_batch]
+        return [size for size in divisors(share) if size >= min_micro_batch]
     at_most = MAX_MICRO_BATCH if max_global is None else max_global // world_size
     if at_most < min_micro_batch:
         raise UserError(
@@ -174,14 +181,17 @@ def nearest_batches(
     return sorted(nearest[:NUM_NEAREST])
 
 
-def next_smaller(plan: Plan, min_micro_batch: int = 1) -> Plan | None:
-    """After memory ran out in training: the same global batch from a micro-batch of 0.9 at most.
+def next_smaller(plan: Plan, failed: int, min_micro_batch: int = 1) -> Plan | None:
+    """After memory ran out in training: the same global batch from a micro-batch, the same on all
+    ranks, of 0.9 of the failed one at most.
 
     None: there is none.
     """
-    share = plan.micro_batch_size * plan.gradient_accumulation_steps
-    sizes = [size for size in _divisors(share) if size >= min_micro_batch]
-    smaller = _last_within(sizes, plan.micro_batch_size * 9 // 10)
+    share, rest = divmod(plan.global_batch_size, plan.world_size)
+    if rest:
+        return None
+    sizes = [size for size in divisors(share) if size >= min_micro_batch]
+    smaller = _last_within(sizes, failed * 9 // 10)
     return None if smaller is None else Plan(smaller, share // smaller, plan.world_size)
 
 
@@ -202,7 +212,8 @@ def _too_few(micro_batch_size: int, least: int, world_size: int) -> UserError:
     )
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
     small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 

@@ -331,6 +331,11 @@ def _check_across(config: Config) -> None:
             f"objectives: none is on; switch one on, objectives.NAME={{}}, NAME one of "
             f"{', '.join(registry.OBJECTIVES)}"
         )
+    if config.batching.hetero == "per_node" and config.pruning.schedule:
+        raise UserError(
+            "batching.hetero=per_node does not work with pruning.schedule, whose stretches have "
+            "micro-batches of their own; set batching.hetero=common or pruning.schedule=[]"
+        )
     positions = config.model.text.max_length
     if config.data.text_length > positions:
         raise UserError(

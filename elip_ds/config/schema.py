@@ -396,6 +396,9 @@ class BatchingConfig:
     probe: str = "auto"
     """Real steps before training: always, never (the plan alone decides, with more headroom), or
     auto: where the plan's batch is near what memory allows."""
+    hetero: str = "common"
+    """Where nodes differ in memory: common, the smallest answer for all, or per_node, unequal
+    micro-batches in proportion to what fits."""
     oom_retries: int = 2
     "How often the launcher starts again with a smaller micro-batch after memory has run out."
 
@@ -425,6 +428,10 @@ class BatchingConfig:
         _require(
             self.probe in ("auto", "always", "never"),
             f"batching.probe={self.probe!r}: choose auto, always or never",
+        )
+        _require(
+            self.hetero in ("common", "per_node"),
+            f"batching.hetero={self.hetero!r}: choose common or per_node",
         )
         _require(self.oom_retries >= 0, f"batching.oom_retries={self.oom_retries}: 0 or more")
 

@@ -7,7 +7,7 @@ and tokenize (pairs.py). Samples that could not be used are counted; too many of
 import logging
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,13 +91,14 @@ class TrainLoader:
         order: SampleOrder,
         run: Run,
         *,
-        micro_batch_size: int,
+        micro_batches: Sequence[int],
         workers: int,
         max_bad_share: float,
     ) -> None:
+        """micro_batches: the ranks' sizes."""
         self.dataset, self.order = dataset, order
         self.samples_per_epoch = order.samples_per_epoch
-        self._run, self._micro_batch_size, self._workers = run, micro_batch_size, workers
+        self._run, self._micro_batches, self._workers = run, micro_batches, workers
         self._intake = Intake(run, max_bad_share)
         self._batches: Iterator[Batch | UserError] | None = None
 
@@ -113,17 +114,13 @@ class TrainLoader:
         if step % CHECK_EVERY == 0:
             self._intake.check()
 
-    def seek(self, samples_seen: int, micro_batch_size: int | None = None) -> None:
-        """Go on behind so many samples of the run, in batches of another size if one is given;
+    def seek(self, samples_seen: int, micro_batches: Sequence[int] | None = None) -> None:
+        """Go on behind so many samples of the run, in batches of other sizes if they are given;
         without it a run starts at 0.
         """
-        self._micro_batch_size = micro_batch_size or self._micro_batch_size
+        self._micro_batches = micro_batches or self._micro_batches
         batches = rank_batches(
-            self.order,
-            samples_seen,
-            micro_batch_size=self._micro_batch_size,
-            rank=self._run.rank,
-            world_size=self._run.world_size,
+            self.order, samples_seen, micro_batches=self._micro_batches, rank=self._run.rank
         )
         self._batches = iter(_torch_loader(self.dataset, batches, self._workers, self._run))
 
@@ -235,11 +232,14 @@ def build_loaders(
     run: Run,
     *,
     image_size: tuple[int, int],
-    micro_batch_size: int,
+    micro_batches: Sequence[int],
     eval_batch_size: int,
     max_eval: int | None,
 ) -> tuple[TrainLoader, HeldOut]:
-    """The training stream and the held-out pairs of a run. image_size: height, width."""
+    """The training stream and the held-out pairs of a run.
+
+    image_size: height, width.  micro_batches: the ranks' sizes.
+    """
     tokenizer = CaptionTokenizer(vocabulary, config.text_length)
     train, val = (
         PairDataset(
@@ -254,7 +254,7 @@ def build_loaders(
     )
     order = SampleOrder([s.size for s in sources["train"]], run.seed, config.shuffle_shards)
     reading: dict[str, Any] = {"workers": config.workers, "max_bad_share": config.max_bad_share}
-    loader = TrainLoader(train, order, run, micro_batch_size=micro_batch_size, **reading)
+    loader = TrainLoader(train, order, run, micro_batches=micro_batches, **reading)
     size = sum(source.size.samples for source in sources["val"])
     size = size if max_eval is None else min(size, max_eval)
     return loader, HeldOut(val, run, size=size, batch_size=eval_batch_size, **reading)

@@ -85,14 +85,13 @@ class SampleOrder:
 
 
 def rank_batches(
-    order: SampleOrder, start: int, *, micro_batch_size: int, rank: int, world_size: int
+    order: SampleOrder, start: int, *, micro_batches: Sequence[int], rank: int
 ) -> Iterator[list[Place]]:
     """This rank's micro-batches from position start on, without end.
 
-    The ranks' micro-batches lie side by side: rank r takes the r-th of each world_size of them.
+    micro_batches: the ranks' sizes. They lie side by side: rank r takes the r-th of each round.
     """
-    stride = micro_batch_size * world_size
-    at = start + rank * micro_batch_size
+    at = start + sum(micro_batches[:rank])
     while True:
-        yield [order.place(at + i) for i in range(micro_batch_size)]
-        at += stride
+        yield [order.place(at + i) for i in range(micro_batches[rank])]
+        at += sum(micro_batches)

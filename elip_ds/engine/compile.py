@@ -8,8 +8,6 @@ minutes instead of tens of them, and what a block keeps for the backward pass th
 import logging
 from typing import Any
 
-import torch
-import torch._dynamo
 from torch import nn
 
 from elip_ds.errors import UserError
@@ -40,6 +38,8 @@ def compile_blocks(task: nn.Module, backend: str = "inductor") -> int:
     backend: of torch.compile.  Returns how many blocks there are. A block that cannot be one graph
     is an error, not a slow path.
     """
+    import torch._dynamo  # takes seconds, which --help and a refused setting need not wait for
+
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     blocks: list[Any] = [module for module in task.modules() if isinstance(module, BLOCKS)]

@@ -135,7 +135,10 @@ def fill_ds_config(
     """The JSON with every "auto" replaced. Raises UserError for one that nothing fills."""
     full = json.loads(json.dumps(tree))
     full |= {
-        "train_batch_size": plan.global_batch_size,
+        # The product that DeepSpeed asks for; where ranks have unequal micro-batches, its own only.
+        "train_batch_size": plan.micro_batch_size
+        * plan.gradient_accumulation_steps
+        * plan.world_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "steps_per_print": full.get("steps_per_print", 10**9),

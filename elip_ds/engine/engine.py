@@ -73,6 +73,7 @@ class Engine:
         """ds_tree: as read_ds_config gave it.  task: on the CPU, in fp32, equal on all ranks."""
         self.config, self.plan, self.run, self.task = config, plan, run, task
         self.step, self.samples_seen = 0, 0
+        dist.deal_samples(plan.micro_batches)
         self._bad: Counter[tuple[str, str]] = Counter()
         self.folder = run.dir / "ckpt"
         self.on_lap: Callable[[str], None] = lambda part: None
@@ -227,7 +228,7 @@ class Engine:
             self.samples_seen,
         )
         self.use(plan)
-        loader.seek(self.samples_seen, plan.micro_batch_size)
+        loader.seek(self.samples_seen, plan.micro_batches)
         self._ahead = None  # what it holds is of the old size
 
     def use(self, plan: Plan) -> None:
@@ -413,7 +414,7 @@ class Engine:
         self.task.load_state(read_tensors(path / STATE, str(self.run.device)))
         self._load_rng(path)
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
-        loader.seek(self.samples_seen, self.plan.micro_batch_size)
+        loader.seek(self.samples_seen, self.plan.micro_batches)
         self._ahead = None  # what it holds is of another place
         log.info("resumed %s: step %d, %d samples seen", path, self.step, self.samples_seen)
 

@@ -5,7 +5,6 @@ fails more often than not, and its peers wait for it in a collective. So it writ
 and ends at once; whoever started the ranks ends the others.
 """
 
-import dataclasses
 import errno
 import json
 import os
@@ -93,7 +92,8 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
             before(kind, error, trace)
             return
         _lift_limits()
-        smaller = next_smaller(plan, min_micro_batch)
+        micro = plan.micro_batches[run.rank]
+        smaller = next_smaller(plan, micro, min_micro_batch)
         advice = (
             "no smaller micro-batch makes the same global batch"
             if smaller is None
@@ -101,7 +101,9 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
             f"goes on from the last checkpoint; python -m {LAUNCHER} does so by itself"
         )
         where = {
-            **dataclasses.asdict(plan),
+            "micro_batch_size": micro,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "micro_batches": plan.micro_batches,
             "min_micro_batch": min_micro_batch,
             "step": run.step,
             "time": time.time(),
@@ -109,7 +111,7 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
         folder = run.dir / OOM_FOLDER
         folder.mkdir(exist_ok=True)
         told = f"rank {run.rank} ran out of memory at step {run.step}, micro-batch "
-        told += f"{plan.micro_batch_size}; {advice}"
+        told += f"{micro}; {advice}"
         leave_out_of_memory(folder, run.rank, error, told=told, **where)
 
     sys.excepthook = hook

@@ -47,6 +47,7 @@ class Forecast:
         self._setting = Setting(
             zero=zero, device=device, attention=attention, accumulation=accumulation
         )
+        self.accumulation = accumulation
         self._config, self._ratios, self._cache = config, keep_ratios, cache
         self._tracer: StepTracer | None = None
         self._seen: dict[int, Prediction] = {}

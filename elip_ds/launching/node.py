@@ -189,13 +189,19 @@ def _steady(number: int) -> int:
 
 def wanted_sizes(node: Node) -> list[int]:
     """Micro-batches that the run could take, ascending."""
-    total, batching = node.asked[0], node.config.batching
+    batching, least = node.config.batching, min_micro_batch(node.config)
+    total = None if node.asked[0] == "auto" else int(node.asked[0])
+    world_size, most = node.world_size, batching.max_global
+    if batching.hetero == "per_node":  # any number, as long as the other ranks have some
+        whole = total or most
+        most = None if whole is None else max(least, whole - least * (world_size - 1))
+        world_size, total = 1, None
     return micro_batches(
-        None if total == "auto" else int(total),
-        world_size=node.world_size,
+        total,
+        world_size=world_size,
         multiple_of=batching.multiple_of,
-        min_micro_batch=min_micro_batch(node.config),
-        max_global=batching.max_global,
+        min_micro_batch=least,
+        max_global=most,
     )
 
 
@@ -315,13 +321,15 @@ def _probe(
         *(show_bytes(memory.limit.bytes), memory.limit.name, show_bytes(memory.headroom_bytes)),
         guess or "below the smallest",
     )
+    more = _more_than_in_the_run(node, memory, forecast, guess or sizes[0], cache)
+    budget = memory.budget_bytes + more
     steps = RealSteps(
         TrialJob(
             config=node.config,
             deepspeed=node.tree,
             sizes=[],
             accumulation=2 if _accumulates(node, sizes) else 1,
-            limit_bytes=memory.budget_bytes,
+            limit_bytes=budget,
         ),
         ranks=node.local_ranks,
         folder=folder,
@@ -330,7 +338,7 @@ def _probe(
         answer = find_micro_batch(
             steps.measure,
             steps.verify,
-            memory.budget_bytes,
+            budget,
             sizes,
             guess=guess,
             shape=forecast.curve(guess or sizes[0]),
@@ -348,10 +356,26 @@ def _probe(
         "verified": answer.verified is not None,
         "warnings": list(answer.warnings),
         "guess": guess,
+        "more_than_in_the_run_bytes": more,
         "tries": answer.tries,
         "points": [asdict(point) for point in answer.points],
         "started": steps.started,
     }
+
+
+def _more_than_in_the_run(
+    node: Node, memory: Memory, forecast: Forecast, size: int, cache: Cache
+) -> int:
+    """Bytes, by the plan, that a rank takes more while probing than it will in a run of more nodes,
+    where its part of ZeRO's states is smaller and it gathers more samples' features.
+
+    At most what is left free, because what is verified must fit here.
+    """
+    if node.world_size == node.local_ranks:
+        return 0
+    here = replace(node, world_size=node.local_ranks)
+    alone = _forecast(here, cache, forecast.accumulation > 1).at(size).highest
+    return min(alone - forecast.at(size).highest, memory.headroom_bytes)
 
 
 def _does_not_fit(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from elip_ds import dist
-from elip_ds.batching import Plan, choose_micro_batch, plan_batch
+from elip_ds.batching import Plan, choose_micro_batch, plan_batch, share_out
 from elip_ds.batching.plan import better_batches
 from elip_ds.config import Config, read_config
 from elip_ds.engine import json_batch
@@ -46,7 +46,7 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
         kept = read_config(run.dir / CONFIG).batching.global_batch_size
         asked = kept, asked[1]
     leads = run.ranks.local_rank == 0
-    dist.leave_note(f"node-{run.rank}", socket.gethostname() if leads else None)
+    dist.leave_note(f"node-{run.rank}", {"name": socket.gethostname(), "leads": leads})
     if leads:
         dist.leave_note(f"answer-{run.rank}", _told(_answer, config, tree, run, asked))
     if run.first:
@@ -61,6 +61,7 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
         decision["gradient_accumulation_steps"],
         decision["world_size"],
         {tuple(part["keep_ratios"]): part["micro_batch_size"] for part in decision["later"]},
+        tuple(decision["unequal"]),
     )
     batching = replace(
         config.batching,
@@ -128,7 +129,7 @@ def probe_here(config: Config, tree: dict[str, Any], local_ranks: int | None) ->
         folder=folder,
     )
     answer = answer_for_node(node)
-    plan = decide_plan(config, asked, [answer], ranks)
+    plan = decide_plan(config, asked, [answer] * ranks)
     record = _record(config, plan, {socket.gethostname(): answer})
     (folder / PLAN).write_text(json.dumps(record, indent=1))
     log.info("%s", one_line(record, answer))
@@ -147,11 +148,12 @@ def probe_as_rank(config: Config, tree: dict[str, Any]) -> dict[str, Any] | None
 
 def _decide(config: Config, run: Run, asked: tuple[int | str, int | str]) -> dict[str, Any]:
     """The plan that every node can do."""
-    answers = _answers(run)
+    of_ranks = _nodes_of_ranks(run)
+    answers = _answers(of_ranks)
     smallest = min(answers.values(), key=lambda answer: answer["largest"])
-    plan = decide_plan(config, asked, list(answers.values()), run.world_size)
+    plan = decide_plan(config, asked, [answers[name] for name, _ in of_ranks])
     for name, answer in answers.items():
-        if answer["largest"] > smallest["largest"]:
+        if answer["largest"] > smallest["largest"] and not plan.unequal:
             log.warning(
                 "micro-batch %d: another node limits it; %s could hold %d",
                 *(plan.micro_batch_size, name, answer["largest"]),
@@ -159,7 +161,7 @@ def _decide(config: Config, run: Run, asked: tuple[int | str, int | str]) -> dic
         for warning in answer["warnings"]:
             log.warning("%s: %s", name, warning)
     better = better_batches(plan, smallest["largest"], min_micro_batch(config))
-    if better and "auto" in asked:
+    if better and "auto" in asked and not plan.unequal:
         log.warning(
             "global batch %d has no divisor near the %d samples that fit; nearest that have: %s",
             *(plan.global_batch_size, smallest["largest"], ", ".join(map(str, better))),
@@ -182,6 +184,7 @@ def _record(config: Config, plan: Plan, answers: dict[str, Any]) -> dict[str, An
         "optimizer": optim.name,
         "peak_learning_rate": optim.lr,
         "lr_rule": config.optim.lr_rule,
+        "unequal": plan.unequal,
         "later": [
             {"keep_ratios": list(ratios), "micro_batch_size": size}
             for ratios, size in plan.later.items()
@@ -190,18 +193,36 @@ def _record(config: Config, plan: Plan, answers: dict[str, Any]) -> dict[str, An
     }
 
 
-def _answers(run: Run) -> dict[str, dict[str, Any]]:
-    """By node; a name that several have gets the rank."""
-    answers: dict[str, dict[str, Any]] = {}
+def _nodes_of_ranks(run: Run) -> list[tuple[str, int]]:
+    """Of every rank its node's name and first rank; a name that several nodes have gets that rank.
+
+    Raises UserError when a rank is missing.
+    """
+    nodes: list[tuple[str, int]] = []
     for rank in range(run.world_size):
         try:
-            name = dist.read_note(f"node-{rank}", 300)
-            if name is not None:
-                answer = dist.read_note(f"answer-{rank}", ANSWER_SECONDS)
-                _raise_if_refused(answer)
-                answers[name if name not in answers else f"{name}-{rank}"] = answer
+            note = dist.read_note(f"node-{rank}", 300)
         except TimeoutError:
-            raise UserError(f"rank {rank} or its node's probe is missing; see its log") from None
+            raise UserError(f"rank {rank} is missing; see its log") from None
+        name = note["name"]
+        if note["leads"]:
+            taken = any(name == other for other, _ in nodes)
+            nodes.append((f"{name}-{rank}" if taken else name, rank))
+        else:  # of nodes with one name the last to have begun
+            own = [node for node in nodes if node[0] in (name, f"{name}-{node[1]}")]
+            nodes.append(own[-1])
+    return nodes
+
+
+def _answers(nodes: list[tuple[str, int]]) -> dict[str, dict[str, Any]]:
+    """By node."""
+    answers: dict[str, dict[str, Any]] = {}
+    for name, rank in dict.fromkeys(nodes):
+        try:
+            answers[name] = dist.read_note(f"answer-{rank}", ANSWER_SECONDS)
+        except TimeoutError:
+            raise UserError(f"the probe of node {name} is missing; see its log") from None
+        _raise_if_refused(answers[name])
     return answers
 
 
@@ -209,13 +230,13 @@ def decide_plan(
     config: Config,
     asked: tuple[int | str, int | str],
     answers: list[dict[str, Any]],
-    world_size: int,
 ) -> Plan:
     """asked: global batch and micro-batch, as json_batch gives them; a number is obeyed.
-    answers: of all nodes; the smallest counts, in each stretch of the pruning schedule.
+    answers: of the ranks; the smallest counts, in each stretch of the pruning schedule, unless
+    batching.hetero lets them differ.
     """
     total, micro = asked
-    least = min_micro_batch(config)
+    least, world_size = min_micro_batch(config), len(answers)
     if micro != "auto":
         size = int(micro)
         total = size * world_size if total == "auto" else int(total)
@@ -231,6 +252,14 @@ def decide_plan(
             max_global=config.batching.max_global,
         )
 
+    if config.batching.hetero == "per_node":
+        return share_out(
+            [answer["largest"] for answer in answers],
+            None if total == "auto" else int(total),
+            multiple_of=config.batching.multiple_of,
+            min_micro_batch=least,
+            max_global=config.batching.max_global,
+        )
     first = min(answer["largest"] for answer in answers)
     plan = choose(first, None if total == "auto" else int(total))
     later = {}
@@ -245,8 +274,10 @@ def decide_plan(
 
 def one_line(decision: dict[str, Any], answer: dict[str, Any]) -> str:
     """What was settled, and how."""
+    unequal = sorted(set(decision["unequal"]))
+    micro = " to ".join(map(str, unequal[:: len(unequal) - 1])) if unequal else None
     return (
-        f"batch: micro-batch {decision['micro_batch_size']} x accumulation "
+        f"batch: micro-batch {micro or decision['micro_batch_size']} x accumulation "
         f"{decision['gradient_accumulation_steps']} x {decision['world_size']} ranks = "
         f"{decision['global_batch_size']}, peak learning rate {decision['peak_learning_rate']:.4g} "
         f"({answer['told']})"

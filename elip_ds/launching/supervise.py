@@ -53,13 +53,13 @@ def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retri
         record = newest_oom(run_dir, started)
         if record is None:
             return status
-        plan = Plan(
-            record["micro_batch_size"], record["gradient_accumulation_steps"], record["world_size"]
-        )
+        micro, all_ranks = record["micro_batch_size"], record["micro_batches"]
+        passes = record["gradient_accumulation_steps"]
+        plan = Plan(max(all_ranks), passes, len(all_ranks), unequal=tuple(all_ranks))
         _forget_answers(run_dir)
         told = _told(record)
-        tried.append(str(plan.micro_batch_size))
-        smaller = next_smaller(plan, record["min_micro_batch"])
+        tried.append(str(micro))
+        smaller = next_smaller(plan, micro, record["min_micro_batch"])
         if smaller is None:
             raise RetriesUsedUp(f"{told}; the global batch has no smaller divisor")
         if len(tried) > retries:
@@ -71,8 +71,8 @@ def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retri
         log.warning(
             "%s; going on from the last checkpoint with micro-batch %d -> %d, accumulation %d -> "
             "%d, global batch %d as before (try %d of %d)",
-            *(told, plan.micro_batch_size, smaller.micro_batch_size),
-            *(plan.gradient_accumulation_steps, smaller.gradient_accumulation_steps),
+            *(told, micro, smaller.micro_batch_size),
+            *(passes, smaller.gradient_accumulation_steps),
             *(plan.global_batch_size, len(tried) + 1, retries + 1),
         )
         micro = smaller.micro_batch_size

@@ -268,7 +268,7 @@ def _strict(value: Any) -> Any:
 
 
 def _mean_over_ranks(sums: list[Tensor], steps: int) -> list[float]:
-    stacked = torch.stack([value.float() for value in sums]) / steps
+    stacked = torch.stack([value.float() for value in sums]) / steps * dist.sample_weight()
     return (dist.sum_over_ranks(stacked) / dist.world_size()).tolist()
 
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from elip_ds import dist
 from elip_ds.data import Batch
 from elip_ds.models import Fused, ImageFeatures, Pairing, TextFeatures
 
@@ -338,8 +339,9 @@ class Objective(nn.Module):
         return self.config.weight
 
     def total(self, loss: Loss, progress: Progress) -> Any:
-        """The weighted sum of its losses, a scalar."""
-        return sum(self.weight(name, progress) * value for name, value in loss.values.items())
+        """The weighted sum of its losses, a scalar whose mean over ranks is the loss of all."""
+        own = dist.sample_weight()
+        return sum(self.weight(name, progress) * own * x for name, x in loss.values.items())
 
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
         """Take in the carries of a global batch, one per micro-batch, after the optimizer step."""

@@ -90,11 +90,11 @@ class Contrastive(Objective):
         if dist.world_size() == 1:  # all rows are this rank's
             return image, text, 0
         both = torch.stack([image, text], dim=1)  # one collective
-        start = dist.rank() * len(both)
+        start = dist.samples_before(len(both))
         if self.config.gather_with_grad:
-            rows = dist.gather_rows_with_grad(both)
+            rows = dist.gather_samples_with_grad(both)
         else:
-            rows = dist.gather_rows(both)
+            rows = dist.gather_samples(both)
             if not self.config.local_loss:
                 rows = torch.cat([rows[:start], both, rows[start + len(both) :]])
         return rows[:, 0], rows[:, 1], start

@@ -100,7 +100,7 @@ class ITC(Objective):
             return
         for carry in carries:
             for queue, keys in ((self.image_queue, "image"), (self.text_queue, "text")):
-                rows = carry[keys] if self.config.gather_keys else dist.gather_rows(carry[keys])
+                rows = carry[keys] if self.config.gather_keys else dist.gather_samples(carry[keys])
                 queue.push(rows)
 
     def state(self) -> dict[str, Tensor]:
@@ -119,5 +119,5 @@ class ITC(Objective):
         """(W * B, E) candidates of both kinds, and the place of the first local row among them."""
         if not self.config.gather_keys:
             return image, text, 0
-        both = dist.gather_rows(torch.stack([image, text], dim=1))  # one collective
-        return both[:, 0], both[:, 1], dist.rank() * len(image)
+        both = dist.gather_samples(torch.stack([image, text], dim=1))  # one collective
+        return both[:, 0], both[:, 1], dist.samples_before(len(image))

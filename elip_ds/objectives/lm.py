@@ -58,8 +58,9 @@ class LM(Objective):
             return losses, nats.detach(), (logits.argmax(dim=1) == labels).float()
 
         losses, nats, hits = in_pieces(judge, self.setup.vocab_size, states, targets.flatten())
-        # The mean number of words a rank, so that the mean over ranks is the mean over words.
+        # This rank's part of all words, so that the mean over ranks is the mean over words.
         count = dist.sum_over_ranks(real.sum()).clamp(min=1) / dist.world_size()
+        count = count * dist.sample_weight()
         value, nats_per_word, accuracy = (
             torch.where(real, x, 0.0).sum() / count for x in (losses, nats, hits)
         )

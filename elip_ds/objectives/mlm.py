@@ -117,7 +117,8 @@ class MLM(Objective):
             return soft_cross_entropy(logits, labels, soft, alpha), hits
 
         losses, hits = in_pieces(judge, self.setup.vocab_size, *rows)
-        # The mean number of words a rank, so that the mean over ranks is the mean over words.
+        # This rank's part of all words, so that the mean over ranks is the mean over words.
         count = dist.sum_over_ranks(selected.sum()).clamp(min=1) / dist.world_size()
+        count = count * dist.sample_weight()
         value, accuracy = (torch.where(selected, x, 0.0).sum() / count for x in (losses, hits))
         return Loss(values={"mlm": value}, logs={"mlm_accuracy": accuracy}, carry={})

@@ -158,7 +158,7 @@ def test_better_batches_of_a_prime_share() -> None:
 @given(SHARES, st.integers(1, 8), st.integers(1, 200))
 def test_the_next_smaller_keeps_the_global_batch(share: int, ranks: int, largest: int) -> None:
     plan = choose(largest, share * ranks, ranks)
-    smaller = next_smaller(plan)
+    smaller = next_smaller(plan, plan.micro_batch_size)
     if smaller is None:
         assert plan.micro_batch_size == 1
     else:
@@ -169,10 +169,18 @@ def test_the_next_smaller_keeps_the_global_batch(share: int, ranks: int, largest
 
 
 def test_a_step_down_frees_a_tenth_at_least() -> None:
-    assert next_smaller(Plan(20, 19, 1)) == Plan(10, 38, 1)  # not 19 of 380
-    assert next_smaller(Plan(20, 9, 1)) == Plan(18, 10, 1)
+    assert next_smaller(Plan(20, 19, 1), 20) == Plan(10, 38, 1)  # not 19 of 380
+    assert next_smaller(Plan(20, 9, 1), 20) == Plan(18, 10, 1)
 
 
 def test_nothing_is_smaller_than_the_objectives_need() -> None:
-    assert next_smaller(Plan(4, 1, 2), min_micro_batch=2) == Plan(2, 2, 2)
-    assert next_smaller(Plan(2, 2, 2), min_micro_batch=2) is None
+    assert next_smaller(Plan(4, 1, 2), 4, min_micro_batch=2) == Plan(2, 2, 2)
+    assert next_smaller(Plan(2, 2, 2), 2, min_micro_batch=2) is None
+
+
+def test_after_unequal_shares_all_ranks_take_the_same() -> None:
+    plan = Plan(24, 1, 2, unequal=(24, 8))
+    assert plan.global_batch_size == 32
+    assert next_smaller(plan, failed=24) == Plan(16, 1, 2)
+    assert next_smaller(plan, failed=8) == Plan(4, 4, 2)
+    assert next_smaller(Plan(24, 1, 2, unequal=(24, 9)), failed=24) is None  # 33 for 2 ranks

@@ -79,7 +79,7 @@ def make_loaders(
         VOCABULARY,
         run,
         image_size=image_size,
-        micro_batch_size=micro,
+        micro_batches=(micro,) * run.world_size,
         eval_batch_size=eval_batch,
         max_eval=max_eval,
     )

@@ -192,7 +192,7 @@ def test_every_kind_of_caption_can_be_loaded(config: DataConfig, run: Run, kind:
         vocabulary,
         run,
         image_size=(16, 16),
-        micro_batch_size=4,
+        micro_batches=(4,),
         eval_batch_size=4,
         max_eval=None,
     )

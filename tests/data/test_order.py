@@ -38,23 +38,24 @@ def test_an_epoch_visits_every_sample_once(
 
 
 @CASES
-@given(SOURCES, SEEDS, WINDOWS, st.integers(0, 40), st.integers(1, 4), st.integers(1, 3))
+@given(
+    SOURCES, SEEDS, WINDOWS, st.integers(0, 40), st.lists(st.integers(1, 4), min_size=1, max_size=4)
+)
 def test_ranks_and_micro_batches_only_cut_the_sequence_up(
-    sources: list[SourceSize], seed: int, window: int, start: int, ranks: int, micro: int
+    sources: list[SourceSize], seed: int, window: int, start: int, micro: list[int]
 ) -> None:
     passes = 4
     streams = [
         rank_batches(
             SampleOrder(sources, seed, window),
             start,
-            micro_batch_size=micro,
+            micro_batches=micro,
             rank=rank,
-            world_size=ranks,
         )
-        for rank in range(ranks)
+        for rank in range(len(micro))
     ]
     read = [place for _ in range(passes) for stream in streams for place in next(stream)]
-    assert read == sequence(SampleOrder(sources, seed, window), start, passes * ranks * micro)
+    assert read == sequence(SampleOrder(sources, seed, window), start, passes * sum(micro))
 
 
 @CASES
@@ -105,7 +106,7 @@ def test_seeking_equals_skipping(
     sources: list[SourceSize], seed: int, window: int, start: int, skipped: int
 ) -> None:
     def batches(at: int, order: SampleOrder) -> list[list[Place]]:
-        stream = rank_batches(order, at, micro_batch_size=2, rank=1, world_size=3)
+        stream = rank_batches(order, at, micro_batches=(2, 2, 2), rank=1)
         return list(islice(stream, skipped + 3))
 
     order = SampleOrder(sources, seed, window)

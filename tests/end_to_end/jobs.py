@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,18 @@ def start(
 ) -> Iterator[Callable[..., Job]]:
     """start(name, *words, ranks=2, json="z2", model="albef") -> Job: a tiny run, no launcher.
 
-    The same name is the same run folder for all tests of a module.
+    The same name is the same run folder for all tests of a module. environ: of each rank, besides.
     """
     jobs: list[Job] = []
     tmp_path = tmp_path_factory.mktemp("runs")
 
     def start_job(
-        name: str, *words: str, ranks: int = 2, json: str = "z2", model: str = "albef"
+        name: str,
+        *words: str,
+        ranks: int = 2,
+        json: str = "z2",
+        model: str = "albef",
+        environ: Sequence[dict[str, str]] = (),
     ) -> Job:
         port = str(free_port())
         command = [sys.executable, str(TRAIN), "--deepspeed", str(ROOT / f"ds_configs/{json}.json")]
@@ -105,6 +110,7 @@ def start(
                 "OMP_NUM_THREADS": "1",
                 "COLUMNS": "200",
             }
+            env |= environ[rank] if environ else {}
             processes.append(
                 subprocess.Popen(
                     command,

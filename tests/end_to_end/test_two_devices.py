@@ -45,3 +45,19 @@ def test_one_recipe_trains_alike_in_little_and_in_much_memory(start, model, chan
             assert mine[key] == other[key]
         assert mine["losses"] == pytest.approx(other["losses"], rel=close)
     assert len({line["learning_rate"] for line in lines}) == 3  # it moved
+
+
+def test_nodes_of_unequal_memory_share_a_batch_and_train_as_equal_ones(start):
+    """Two nodes of one machine, of which Slurm has given less memory to the first."""
+    equal = start("equal", *RECIPE, model="clip").finish()
+    alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    nodes = [alone | {"SLURM_MEM_PER_NODE": size} for size in ("1150", "6144")]
+    words = [*RECIPE, "batching.hetero=per_node"]
+    unequal = start("unequal", *words, model="clip", environ=nodes).finish()
+    plan = json.loads((unequal.dir / "plan.json").read_text())
+    little, much = plan["unequal"]
+    assert 8 <= little < much and little + much == 512 == plan["global_batch_size"]
+    assert plan["gradient_accumulation_steps"] == 1
+    assert unequal.losses().keys() == equal.losses().keys() == {1, 2, 3}
+    for step, losses in equal.losses().items():
+        assert unequal.losses()[step] == pytest.approx(losses, rel=1e-4)

@@ -128,6 +128,24 @@ def test_a_change_of_anything_that_matters_changes_the_fingerprint(make):
     assert fingerprint(module._facts(node, less, sizes)) != key(node)
 
 
+@pytest.mark.slow
+def test_a_probe_on_one_node_of_several_may_take_what_their_ranks_will_hold(make, cache):
+    node = replace(make("optim.name=adamw"), world_size=8)
+    memory = replace(module.node_memory(), headroom_bytes=2**40)
+    forecast = module._forecast(node, cache, False)
+    more = module._more_than_in_the_run(node, memory, forecast, 4, cache)
+    alone = replace(node, world_size=2)
+    states = [
+        module._forecast(each, cache, False).prediction(4).parts["optimizer"]
+        for each in (alone, node)
+    ]
+    assert states[0] == 4 * states[1]
+    assert more == pytest.approx(states[0] - states[1], rel=0.01)  # gathered features are few
+    tight = replace(memory, headroom_bytes=1000)
+    assert module._more_than_in_the_run(node, tight, forecast, 4, cache) == 1000
+    assert module._more_than_in_the_run(alone, memory, forecast, 4, cache) == 0
+
+
 def test_a_measured_step_has_the_optimizer_of_the_whole_batch(make, cache, monkeypatch):
     """A trial's own batch is below any bound that LAMB is asked above."""
     seen = []

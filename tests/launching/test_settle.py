@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import tiny_words
 
 from elip_ds import dist
@@ -11,7 +12,7 @@ from elip_ds.config import changed_keys, dump_config, load_config
 from elip_ds.errors import UserError
 from elip_ds.launching import settle
 from elip_ds.launching.settle import decide_plan, settle_batch
-from elip_ds.run import open_run
+from elip_ds.run import Run, open_run
 
 SCHEDULE = "pruning.schedule=[{after: 8 samples, keep_ratios: [0.5, 0.125]}]"
 
@@ -39,19 +40,41 @@ def config():
     ],
 )
 def test_the_smallest_answer_makes_the_batch(config, asked, largest, expected):
-    assert decide_plan(config, asked, answers(*largest), world_size=2) == expected
+    assert decide_plan(config, asked, answers(*largest)) == expected
 
 
 def test_the_global_batch_stays_where_the_micro_batch_follows_the_schedule():
     config = load_config(tiny_words(SCHEDULE))
-    plan = decide_plan(config, (64, "auto"), answers(8, 9, later=(40, 16)), world_size=2)
+    plan = decide_plan(config, (64, "auto"), answers(8, 9, later=(40, 16)))
     assert plan == Plan(8, 4, 2)
     assert plan.at([0.5, 0.25]) == plan and plan.at([0.5, 0.125]) == Plan(16, 2, 2)
 
 
+def test_unequal_nodes_may_take_unequal_shares():
+    config = load_config(tiny_words("batching.multiple_of=8", "batching.hetero=per_node"))
+    plan = decide_plan(config, (64, "auto"), answers(40, 16, 16))
+    assert plan == Plan(32, 1, 3, unequal=(32, 16, 16)) and plan.global_batch_size == 64
+    assert decide_plan(config, (64, "auto"), answers(40, 40)) == Plan(32, 1, 2)
+    assert decide_plan(config, (64, 16), answers(16, 16)) == Plan(16, 2, 2)
+
+
+def test_every_rank_has_its_nodes_answer(tmp_path, monkeypatch):
+    """Slurm may deal ranks out in turn, and two nodes of one machine have one name."""
+    monkeypatch.setattr(dist, "_notes", {})
+    dealt = [("a", True), ("b", True), ("a", False), ("b", True), ("b", False), ("a", False)]
+    for rank, (name, leads) in enumerate(dealt):
+        dist.leave_note(f"node-{rank}", {"name": name, "leads": leads})
+        dist.leave_note(f"answer-{rank}", {"largest": rank})
+    run = Run(dist.Ranks(0, 0, len(dealt), 1, torch.device("cpu")), tmp_path, 1)
+    nodes = settle._nodes_of_ranks(run)
+    assert [first for _, first in nodes] == [0, 1, 0, 3, 3, 0]
+    found = {name: answer["largest"] for name, answer in settle._answers(nodes).items()}
+    assert found == {"a": 0, "b": 1, "b-3": 3}
+
+
 def test_a_batch_that_no_micro_batch_makes_names_the_nearest(config):
     with pytest.raises(UserError, match=r"nearest: 28, 30, 32"):
-        decide_plan(config, (2 * 17, "auto"), answers(16, 16), world_size=2)
+        decide_plan(config, (2 * 17, "auto"), answers(16, 16))
 
 
 def test_one_rank_settles_alone_and_writes_what_it_rests_on(tmp_path, monkeypatch):

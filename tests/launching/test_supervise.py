@@ -25,8 +25,9 @@ open(f"{folder}/told", "a").write(os.environ["ELIP_DS_OUT_OF_MEMORY_RETRIES"] + 
 if micro > fits:
     os.makedirs(f"{folder}/memory", exist_ok=True)
     for rank in (1, 0):
-        record = {"rank": rank, "micro_batch_size": micro, "world_size": world, "step": 3,
-                  "gradient_accumulation_steps": total // (micro * world), "min_micro_batch": 2,
+        record = {"rank": rank, "micro_batch_size": micro, "step": 3, "min_micro_batch": 2,
+                  "gradient_accumulation_steps": total // (micro * world),
+                  "micro_batches": [micro] * world,
                   "asked_bytes": 2**20, "time": time.time()}
         json.dump(record, open(f"{folder}/memory/oom-{rank}.json", "w"))
     sys.exit(77)

@@ -96,7 +96,7 @@ def test_it_caches_unless_told_otherwise():
 def gather_and_weigh():
     """A gather whose rows each rank weighs differently -> rows, and the gradient of its own."""
     x = (torch.arange(6.0).view(3, 2) + 10 * dist.rank()).requires_grad_()
-    rows = dist.gather_rows_with_grad(x)
+    rows = dist.gather_samples_with_grad(x)
     weights = torch.arange(float(len(rows))).view(-1, 1) + 100 * (1 + dist.rank())
     (rows * weights).sum().backward()
     return rows.detach(), x.grad

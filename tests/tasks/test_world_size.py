@@ -1,4 +1,5 @@
-"""C6: one rank with 8 samples equals two ranks with 4 each, in losses, gradients and state.
+"""C6: one rank with 8 samples equals two ranks with 4 each, or with 5 and 3, in losses, gradients
+and state.
 
 Plain autograd, gradients averaged over ranks here; no DeepSpeed.
 """
@@ -26,16 +27,26 @@ CASES = {
     ],
     "all": [],
 }
+UNEQUAL = (5, 3)
+CONTRASTS = {
+    "contrast": [],
+    "whole contrast": ["objectives.contrastive.local_loss=false"],
+}
 
 
 def whole(parameter):
     return parameter.data
 
 
+def shares():
+    return dist._deal or (8 // dist.world_size(),) * dist.world_size()
+
+
 def mine(batch):
     """This rank's share: rank 0 the first rows, rank 1 the next."""
-    size = len(batch) // dist.world_size()
-    rows = slice(dist.rank() * size, (dist.rank() + 1) * size)
+    sizes = shares()
+    start = sum(sizes[: dist.rank()])
+    rows = slice(start, start + sizes[dist.rank()])
     fields = ("images", "input_ids", "attention_mask", "sample_key")
     return Batch(**{field: getattr(batch, field)[rows] for field in fields})
 
@@ -44,12 +55,13 @@ def mean_over_ranks(x):
     return dist.sum_over_ranks(x) / dist.world_size()
 
 
-def train(words):
+def train(words, model="albef"):
     """Two SGD steps; losses and gradients averaged over ranks, and the state at the end."""
-    task = tiny_task(*words)
-    with torch.no_grad():
-        for parameter in task.teacher.parameters():
-            parameter.mul_(1.1)
+    task = tiny_task(*words, model=model)
+    if task.teacher is not None:
+        with torch.no_grad():
+            for parameter in task.teacher.parameters():
+                parameter.mul_(1.1)
     steps = []
     for step in range(2):
         progress = Progress(step, samples_seen=32, samples_per_epoch=64)
@@ -58,7 +70,8 @@ def train(words):
         result.total.backward()
         trained = {n: p for n, p in task.named_parameters() if p.grad is not None}
         grads = {name: mean_over_ranks(p.grad) for name, p in trained.items()}
-        steps.append(({k: mean_over_ranks(v) for k, v in result.values.items()}, grads))
+        values = {k: v * dist.sample_weight() for k, v in result.values.items()}
+        steps.append(({k: mean_over_ranks(v) for k, v in values.items()}, grads))
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter -= 0.05 * grads[name]
@@ -86,6 +99,7 @@ class DealtPairs:
 
 def everything():
     cases = {name: train(words) for name, words in CASES.items()}
+    cases |= {name: train(words, "clip") for name, words in CONTRASTS.items()}
     scores = tiny_task().evaluate(DealtPairs(), torch.device("cpu"))
     return cases | {"scores": scores}
 
@@ -96,7 +110,11 @@ def run_rank(rank, port, folder):
 
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
     dist.start(dist.Ranks(rank, rank, 2, 2, torch.device("cpu")), timeout_seconds=60)
-    torch.save(everything(), folder / f"{rank}.pt")
+    found = everything()
+    dist.deal_samples(UNEQUAL)
+    found |= {f"unequal {name}": train(CASES[name]) for name in ("gathered", "local keys")}
+    found |= {f"unequal {name}": train(words, "clip") for name, words in CONTRASTS.items()}
+    torch.save(found, folder / f"{rank}.pt")
     dist.stop()
 
 
@@ -119,10 +137,17 @@ def close(a, b):
     return all(torch.allclose(a[key], b[key], atol=1e-5, rtol=1e-5) for key in a.keys() | b.keys())
 
 
-def test_losses_and_gradients_do_not_depend_on_the_number_of_ranks(one_rank, two_ranks):
-    alone, together = one_rank["gathered"]["steps"], two_ranks[0]["gathered"]["steps"]
+@pytest.mark.parametrize("dealt", ["", "unequal "])
+@pytest.mark.parametrize(
+    ("case", "objectives"),
+    [("gathered", {"itc", "mlm"}), *((name, {"contrastive"}) for name in CONTRASTS)],
+)
+def test_losses_and_gradients_do_not_depend_on_the_ranks(
+    one_rank, two_ranks, case, objectives, dealt
+):
+    alone, together = one_rank[case]["steps"], two_ranks[0][dealt + case]["steps"]
     for (losses, grads), (losses_2, grads_2) in zip(alone, together, strict=True):
-        assert set(losses) == {"itc", "mlm"}
+        assert set(losses) == objectives
         assert close(losses, losses_2)
         assert close(grads, grads_2)
 
@@ -133,6 +158,11 @@ def test_queues_end_equal_on_all_ranks_and_as_on_one(one_rank, two_ranks):
         assert all(torch.equal(states[1][key], states[2][key]) for key in states[1])
     assert close(one_rank["gathered"]["state"], two_ranks[0]["gathered"]["state"])
     assert two_ranks[0]["gathered"]["state"]["itc.at"] == 16
+    for case in ("gathered", "local keys"):
+        states = [ranks[f"unequal {case}"]["state"] for ranks in two_ranks]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    unequal = two_ranks[0]["unequal gathered"]["state"]
+    assert close(unequal, one_rank["gathered"]["state"])
 
 
 def test_with_local_keys_or_local_negatives_the_number_of_ranks_shows(one_rank, two_ranks):
