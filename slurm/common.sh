@@ -136,7 +136,7 @@ recover() {
     fi
     echo "${node:-unknown} $(date +%FT%T) start $start status $1" >> "$failures"
     if [ "$(wc -l < "$failures")" -ge "$MAX_TRIES" ]; then
-        say "failed with status $1, the $MAX_TRIES. time: not starting again"
+        say "failed with status $1, $MAX_TRIES times by now: not starting again"
         return
     fi
     if [ -n "$node" ] && [ "$(grep -c "^$node " "$failures")" -ge "$EXCLUDE_AFTER" ]; then

@@ -35,6 +35,7 @@ def test_it_trains_on_two_nodes_and_saves(cluster: Cluster, tmp_path: Path, shar
     facts = cluster.wait_for(job, "COMPLETED", "FAILED", seconds=TRAINS_SECONDS)
     log = (tmp_path / "job.log").read_text()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert log.count("start 0 of job") == 2  # the probe, and the training
     assert "2 tasks on n[1-2]" in log
     assert json.loads((tmp_path / "tiny" / "summary.json").read_text())["world_size"] == 2
     assert list(losses_of(tmp_path / "tiny")) == list(range(1, 9))
