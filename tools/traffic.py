@@ -24,8 +24,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from elip_ds.config import load_config
 from elip_ds.data.made_up import made_up_vocabulary
 from elip_ds.engine import read_ds_config
@@ -110,8 +108,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     config = load_config(args.words)
     zero = read_ds_config(str(ROOT / "ds_configs" / "z3.json"))["zero_optimization"]
-    with torch.device("cpu"):
-        task = build_pretrain(config, made_up_vocabulary(config))
+    task = build_pretrain(config, made_up_vocabulary(config))
     parameters = [(p.numel(), p.requires_grad) for p in task.parameters()]
     sizes = sizes_of(parameters, int(zero["stage3_param_persistence_threshold"]))
     print(f"trained {sizes.trained / 1e6:.1f} million, frozen {sizes.frozen / 1e6:.1f} million")

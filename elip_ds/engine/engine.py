@@ -381,7 +381,7 @@ class Engine:
         rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
         if self.run.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.run.device)
-        self._files.save(rng, str(partial / f"rng-rank{self.run.rank:05d}.pt"))
+        self._files.save(rng, str(self._rng_file(partial)))
         if len(set(digests)) > 1:
             raise RuntimeError(f"the ranks' queues differ: {digests}")
         if not self.run.first:
@@ -473,11 +473,14 @@ class Engine:
     def _load_elastic(self, path: Path, meta: dict[str, Any]) -> None:
         """What load_checkpoint does, for a start of another form than the checkpoint's."""
         fault = saved = None
-        try:
+        try:  # a rank that raised alone would leave the others waiting for it
             saved = elastic.read_saved(path, meta, self.task)
             dtype = DTYPES.get(meta["precision"], torch.float32)
             share = (self.run.rank, self.run.world_size)
             elastic.check_saved(saved, read_tensors(path / WEIGHTS), dtype, share)
+            read_tensors(path / STATE)
+            if self.run.rank < meta["world_size"] and not self._rng_file(path).is_file():
+                raise UserError(f"{self._rng_file(path)} is missing")
         except UserError as error:
             fault = str(error)
         faults = [found for found in dist.gather_objects(fault) if found]
@@ -492,12 +495,15 @@ class Engine:
         self._engine.global_steps = meta["step"]
         self._engine.global_samples = meta["samples_seen"]
 
+    def _rng_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"rng-rank{self.run.rank:05d}.pt"
+
     def _load_rng(self, path: Path, meta: dict[str, Any]) -> None:
         if self.run.rank >= meta["world_size"]:
             # Another stream than that of any start at another step: dropout draws anew.
             torch.manual_seed(self.run.seed + 1000 * (self.run.rank + 1) + 10**6 * meta["step"])
             return
-        rng = self._files.load(str(path / f"rng-rank{self.run.rank:05d}.pt"))
+        rng = self._files.load(str(self._rng_file(path)))
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and self.run.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"], self.run.device)

@@ -53,7 +53,9 @@ def test_it_goes_on_in_another_form(start, whole, ranks, stage, words):
             assert [line[key] for key in kept] == [lines[line["step"]][key] for key in kept]
     if not words:
         weights, reference = (load_file(j.newest() / "weights.safetensors") for j in (job, whole))
-        assert max((weights[n] - reference[n]).abs().max() for n in reference) < 1e-5
+        # The gradient of a key's bias is zero but for rounding, which AdamW makes a step of.
+        names = [name for name in reference if not name.endswith(("qkv.bias", "key_value.bias"))]
+        assert max((weights[n] - reference[n]).abs().max() for n in names) < 1e-6
 
 
 def test_a_checkpoint_of_all_ranks_but_one_is_refused_by_all_in_one_line(start, whole):

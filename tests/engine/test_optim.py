@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_task
+from torch import nn
 
 from elip_ds.config.schema import OptimConfig
 from elip_ds.engine.lamb import Lamb
@@ -148,3 +150,13 @@ def test_settings_that_do_not_fit_are_named(settings, says):
 def test_decay_off_leaves_no_group_with_decay(task):
     config = dataclasses.replace(OptimConfig(), weight_decay=0.0)
     assert {decay for decay, _ in settings_by_name(task, config).values()} == {0.0}
+
+
+def test_a_matrix_of_which_a_shard_is_left_still_decays():
+    """As ZeRO 3 leaves it; a checkpoint's groups are found out from such ones."""
+    module: Any = nn.Linear(3, 4)
+    for p in module.parameters():
+        p.ds_shape, p.ds_tensor, p.data = p.shape, p.data.flatten(), torch.empty(0)
+    decaying, plain = parameter_groups(module, OptimConfig(weight_decay=0.1))
+    assert (decaying["params"], decaying["weight_decay"]) == ([module.weight], 0.1)
+    assert (plain["params"], plain["weight_decay"]) == ([module.bias], 0.0)
