@@ -177,7 +177,9 @@ def test_what_is_needed_is_what_the_plain_step_does_where_it_wastes_nothing(mode
     room = words_room(config, 4 * 12) / 4
     done = floor(config, batch=4, words=12, guessed=room)
     width = config.model.text.width
-    extra = 4 * 4 * (12 - room) * (12 + vision_lengths(config)[-1]) * width if model != "blip" else 0
+    extra = (
+        4 * 4 * (12 - room) * (12 + vision_lengths(config)[-1]) * width if model != "blip" else 0
+    )
     assert ours.forward["fusion"] == 4 * done.forward["fusion"] + extra
     assert ours.backward["fusion"] == 4 * done.backward["fusion"] + 2 * extra
 

@@ -27,7 +27,9 @@ def losses(lookup, decode, *, words=True):
 
 def plain_gradient(weight, **kind):
     weight = weight.detach().requires_grad_()
-    losses(lambda ids: F.embedding(ids, weight), lambda x: linear(x, weight, None), **kind).backward()
+    losses(
+        lambda ids: F.embedding(ids, weight), lambda x: linear(x, weight, None), **kind
+    ).backward()
     return weight.grad
 
 
