@@ -206,12 +206,11 @@ class BERTLayer(nn.Module):
         attn, norm = self.attn, self.attn_norm
         if decode:
             attn, norm = self.decoder_attn, self.decoder_attn_norm
-        places = asks if isinstance(asks, Tensor) else None
-        among = None if places is None else (places, x.shape[:2])
-        if places is not None:
-            asking = pick(x, places)
-        else:
-            asking = None if asks == "all" else x[:, :1]
+        asking, places, among = None, None, None
+        if isinstance(asks, Tensor):
+            asking, places, among = pick(x, asks), asks, (asks, x.shape[:2])
+        elif asks == "class":
+            asking = x[:, :1]
         seen = attn(x, visible, asking=asking, places=places)
         x = again(norm, (x if asking is None else asking) + self.dropout(seen))
         if context is not None:
