@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +42,7 @@ def check_also(config: MetricsConfig) -> None:
 
 def open_writers(config: Config, run_dir: Path, step: int) -> list[Writer]:
     """step: from which the run goes on."""
+    makers: dict[str, Callable[..., Writer]]
     makers = {"csv": CsvWriter, "tensorboard": TensorBoardWriter, "wandb": WandbWriter}
     return [makers[name](config, run_dir, step) for name in config.metrics.also]
 

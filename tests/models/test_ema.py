@@ -153,3 +153,19 @@ def test_the_twin_of_albef_is_all_of_it():
     student = tiny_task().model
     names = [n for n, _ in student.named_parameters()]
     assert [n for n, _ in MomentumTwin(student).model.named_parameters()] == names
+
+
+def test_the_distance_is_that_of_all_weights_together():
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    twin = MomentumTwin(student)
+    assert twin.distance(student, lambda p: p.data)[0] == 0
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.5)
+    apart, length = twin.distance(student, lambda p: p.data).tolist()
+    count = sum(p.numel() for p in student.parameters())
+    assert apart == pytest.approx(0.25 * count, rel=1e-5)
+    assert length == pytest.approx(
+        sum((p.detach() ** 2).sum().item() for p in student.parameters()), rel=1e-5
+    )
