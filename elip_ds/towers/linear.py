@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
 BUILT_IN = torch.backends.mkldnn.is_available()
 
 
