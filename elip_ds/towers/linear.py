@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+BUILT_IN = torch.backends.mkldnn.is_available()
+
 
 class Linear(nn.Linear):
     """As its base."""
@@ -32,14 +34,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _for_onednn(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # then torch chooses by itself
+        return False
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-    # Compiled, torch chooses by itself; under autocast the products are not fp32.
-    return (
-        plain
-        and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return plain and BUILT_IN and not torch.is_autocast_enabled("cpu")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
