@@ -222,21 +222,18 @@ def _of_scaler(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tree[key] for key in SCALER if tree.get(key) is not None}
 
 
-def check_saved(
-    saved: Saved, weights: Mapping[str, Tensor], dtype: torch.dtype, share: tuple[int, int]
-) -> None:
+def check_saved(saved: Saved, weights: Mapping[str, Tensor], share: tuple[int, int]) -> None:
     """Raises UserError unless the parts put together are the checkpoint's own whole weights.
 
-    weights: by name, whole.  dtype: what the model computed in; without ZeRO the weights were
-    written in it.  share: (n, of): every of-th parameter, from n on, as the ranks share the work.
+    weights: by name, whole.  share: (n, of): every of-th parameter, from n on, as the ranks share
+    the work.
     """
     names = sorted(saved.names)
     odd = saved.names ^ {name for name in weights if not name.startswith("teacher.")}
     if odd:
         raise UserError(f"DeepSpeed's files and weights.safetensors differ in {min(odd)}")
     for name in names[share[0] :: share[1]]:
-        found = saved.whole(name, MASTER)
-        if not torch.equal(found.to(dtype), weights[name].flatten().to(dtype)):
+        if not torch.equal(saved.whole(name, MASTER), weights[name].flatten()):
             raise UserError(f"DeepSpeed's files hold other values of {name} than the weights do")
 
 

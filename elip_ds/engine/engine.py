@@ -18,7 +18,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import elip_ds
 from elip_ds import dist
@@ -417,17 +417,30 @@ class Engine:
             if self.run.first:
                 weights[name] = value.detach().float().cpu().clone().contiguous()
 
+        masters = {} if self.stage or not self._half else self._masters_without_zero()
         for name, parameter in self.task.named_parameters():
             if not parameter.requires_grad:
                 continue
-            value = safe_get_full_fp32_param(parameter) if self.stage or self._half else None
-            put(name, parameter.data if value is None else value)
+            value = safe_get_full_fp32_param(parameter) if self.stage else None
+            put(name, masters.get(parameter, parameter.data) if value is None else value)
         teacher = self.task.teacher
         if teacher is not None:
             named = teacher.model.named_parameters()
             for (name, parameter), held in zip(named, teacher.masters(local_tensor), strict=True):
                 put(f"teacher.{name}", gather_whole(parameter, held))
         return weights
+
+    def _masters_without_zero(self) -> dict[nn.Parameter, Tensor]:
+        """The fp32 weights behind half-precision ones, which DeepSpeed finds only under ZeRO."""
+        wrapped = self._engine.optimizer
+        return {
+            place.params[owner]: place.flat.view(-1)[start : start + size].view_as(
+                place.params[owner]
+            )
+            for place in find_places(wrapped.optimizer, wrapped)
+            for start, size, owner, _ in place.pieces
+            if size == place.params[owner].numel()
+        }
 
     @property
     def _half(self) -> bool:
@@ -475,9 +488,8 @@ class Engine:
         fault = saved = None
         try:  # a rank that raised alone would leave the others waiting for it
             saved = elastic.read_saved(path, meta, self.task)
-            dtype = DTYPES.get(meta["precision"], torch.float32)
             share = (self.run.rank, self.run.world_size)
-            elastic.check_saved(saved, read_tensors(path / WEIGHTS), dtype, share)
+            elastic.check_saved(saved, read_tensors(path / WEIGHTS), share)
             read_tensors(path / STATE)
             if self.run.rank < meta["world_size"] and not self._rng_file(path).is_file():
                 raise UserError(f"{self._rng_file(path)} is missing")

@@ -169,7 +169,7 @@ def test_states_are_read_by_name(folder):
     assert saved.step == 3 and saved.names == {"p0", "p1"}
     for key in KEYS:
         assert torch.equal(saved.whole("p1", key), tree[key]["p1"])
-    check_saved(saved, {**tree[MASTER], "teacher.p0": torch.ones(4)}, torch.float32, (0, 1))
+    check_saved(saved, {**tree[MASTER], "teacher.p0": torch.ones(4)}, (0, 1))
 
 
 def test_a_missing_rank_is_named(folder):
@@ -215,11 +215,11 @@ def test_ranks_that_differ_in_their_steps_are_refused(folder):
 def test_other_weights_than_the_checkpoints_own_are_found_out(folder):
     weights = draw([(4,), (5,)])[MASTER]
     weights["p1"][2] += 0.5
-    check_saved(read(folder), weights, torch.float32, (0, 2))  # the other rank's share has it
+    check_saved(read(folder), weights, (0, 2))  # the other rank's share has it
     with pytest.raises(UserError, match="other values of p1"):
-        check_saved(read(folder), weights, torch.float32, (1, 2))
+        check_saved(read(folder), weights, (1, 2))
     with pytest.raises(UserError, match="differ in p2"):
-        check_saved(read(folder), weights | {"p2": torch.ones(1)}, torch.float32, (0, 1))
+        check_saved(read(folder), weights | {"p2": torch.ones(1)}, (0, 1))
 
 
 def test_the_loss_scale_goes_on(folder):
