@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -139,6 +140,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dir", type=Path, help="for its data, which stay then")
     parser.add_argument("command", nargs="*", help="after --, run beside it")
     args = parser.parse_args(argv)
+    # By default a kill would leave Prometheus behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as stack:
         folder = args.dir or Path(stack.enter_context(tempfile.TemporaryDirectory("_prometheus")))
         prometheus = stack.enter_context(running(folder, args.sd_dir, port=args.port))
