@@ -23,7 +23,7 @@ def loader(tmp_path, shared_scenes):
             build_vocabulary(config.data, sources, run, 64),
             run,
             image_size=(32, 32),
-            micro_batch_size=4,
+            micro_batches=(4,),
             eval_batch_size=4,
             max_eval=4,
         )[0]

@@ -44,7 +44,9 @@ def accumulate(task, batches):
     for i, batch in enumerate(batches):
         result = task(batch, PROGRESS.at(i, steps))
         (result.total / steps).backward()
-        reported.append({**result.values, **result.logs})
+        # Cosines are of what one micro-batch holds, whatever its size.
+        logs = {k: v for k, v in result.logs.items() if not k.startswith("similarity_")}
+        reported.append({**result.values, **logs})
     task.drop_carries()
     mean = {name: sum(r[name] for r in reported) / steps for name in reported[0]}
     return mean, gradients(task)
