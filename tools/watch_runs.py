@@ -73,7 +73,12 @@ class Prometheus:
 
 @contextlib.contextmanager
 def running(
-    folder: Path, sd_dir: Path, *, port: int = 0, every: str = "5s"
+    folder: Path,
+    sd_dir: Path,
+    *,
+    port: int = 0,
+    every: str = "5s",
+    rules: Path = METRICS / "rules.yml",
 ) -> Iterator[Prometheus]:
     """One with its data in folder, for the target files in sd_dir. port: 0 takes any free one.
     Raises UserError.
@@ -89,7 +94,7 @@ def running(
     (folder / "prometheus.yml").write_text(
         CONFIG.format(
             every=every,
-            rules=json.dumps(str(METRICS / "rules.yml")),
+            rules=json.dumps(str(rules)),
             targets=json.dumps(str(sd_dir.resolve() / "elip-*.json")),
         )
     )

@@ -36,7 +36,9 @@ from elip_ds.run import Run
 LAZY_SECONDS = 10.0
 "Series are written at the end of an interval, or where none ends for so long."
 TIMES_THE_COST = 500
-"But no sooner than after so many times what writing them took the last time."
+"But no sooner than after so many times what writing them cost this thread the last time."
+MOST_PAUSE_SECONDS = 15.0
+"And no later than a usual scrape wants them, whatever that was."
 TWIN_SECONDS = 30.0
 "Between two measurements of the twin's distance, which reads all weights."
 RECALLS = (1, 5, 10)
@@ -65,7 +67,7 @@ class Telemetry:
             self._start_run(engine.total_samples(loader))
         self.publisher = Publisher(config.metrics, run, self.out)
         self._written = self._twin_measured = time.perf_counter()
-        self._pause = 0.0
+        self._pause = 0.0  # seconds from one writing to the next
 
     def step(self, record: StepRecord, seconds: float) -> None:
         """seconds: of the step, by the wall clock."""
@@ -198,13 +200,13 @@ class Telemetry:
         self._twin_measured = time.perf_counter()
 
     def _write(self, record: StepRecord) -> None:
-        start = time.perf_counter()
+        start = time.thread_time()  # a rank that is held up meanwhile must not fall silent for it
         self._set_rank()
         if self.run.first:
             self._set_position(record)
         self.publisher.write()
         self._written = time.perf_counter()
-        self._pause = TIMES_THE_COST * (self._written - start)
+        self._pause = min(MOST_PAUSE_SECONDS, TIMES_THE_COST * (time.thread_time() - start))
 
     def _set_rank(self) -> None:
         out = self.out
