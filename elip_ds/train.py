@@ -8,7 +8,7 @@ from elip_ds.data import build_loaders, build_vocabulary, open_sources
 from elip_ds.engine import Engine, due, leave_when_out_of_memory, read_ds_config
 from elip_ds.errors import exit_with, leave
 from elip_ds.launching import settle_batch
-from elip_ds.metrics import Recorder, check_also, close_run
+from elip_ds.metrics import Recorder, check_metrics, close_run
 from elip_ds.run import join_ranks, open_run
 from elip_ds.tasks import build_pretrain, min_micro_batch
 
@@ -16,7 +16,7 @@ from elip_ds.tasks import build_pretrain, min_micro_batch
 def main(argv: list[str]) -> None:
     cfg = load_config(argv)  # preset + key=value, typed and frozen
     ds_tree = read_ds_config(cfg.engine.deepspeed)
-    check_also(cfg.metrics)  # their packages are there
+    check_metrics(cfg.metrics)  # packages, files and folders are there
     run = open_run(cfg)  # who is who, folder, stop signal
     cfg, plan = settle_batch(cfg, ds_tree, run)  # given, remembered, or measured now
     join_ranks(run, cfg)

@@ -9,13 +9,10 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from elip_ds.config import Config
-from elip_ds.config.schema import MetricsConfig
-from elip_ds.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +24,6 @@ class Writer(Protocol):
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None: ...
 
     def close(self) -> None: ...
-
-
-def check_also(config: MetricsConfig) -> None:
-    """Every rank calls it before it meets the others, so that none of them waits for one that
-    could not go on. Raises UserError where a package is missing.
-    """
-    for name in config.also:
-        if name != "csv" and find_spec(name) is None:
-            raise UserError(
-                f"metrics.also={list(config.also)}: pip install {name}, or leave it out"
-            )
 
 
 def open_writers(config: Config, run_dir: Path, step: int) -> list[Writer]:

@@ -9,7 +9,8 @@ from conftest import tiny_words
 
 from elip_ds.config import load_config
 from elip_ds.errors import UserError
-from elip_ds.metrics.also import CsvWriter, check_also, flatten, open_writers, write_line
+from elip_ds.metrics.also import CsvWriter, flatten, open_writers, write_line
+from elip_ds.metrics.checks import check_metrics
 
 LINE = {
     "step": 3,
@@ -54,10 +55,10 @@ def test_a_writer_that_fails_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_told_before_anything_starts(name, monkeypatch):
-    monkeypatch.setattr("elip_ds.metrics.also.find_spec", lambda name: None)
+    monkeypatch.setattr("elip_ds.metrics.checks.find_spec", lambda name: None)
     config = load_config(tiny_words(f"metrics.also=[{name}]"))
     with pytest.raises(UserError, match=f"pip install {name}"):
-        check_also(config.metrics)
+        check_metrics(config.metrics)
 
 
 def test_an_unknown_one_is_an_error():
