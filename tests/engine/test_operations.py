@@ -53,3 +53,9 @@ def test_counting_changes_no_result():
 
 def test_a_product_takes_time():
     assert 1e6 < matmul_peak(torch.device("cpu"), torch.float32, spend_seconds=0.05) < 1e15
+
+
+def test_measuring_the_peak_draws_no_number_that_training_draws():
+    before = torch.get_rng_state()
+    assert matmul_peak(torch.device("cpu"), torch.float32, spend_seconds=0.0) > 0
+    assert torch.equal(torch.get_rng_state(), before)
