@@ -22,22 +22,25 @@ WORDS = (
 "Of a run to be watched: it goes on until it is killed."
 
 
-def _rate(name: str, ranks: str = "") -> str:
-    """By each rank's time from the first step seen to the last, where rate() takes that between
-    scrapes; two nodes are not scraped at the same moments.
+def _rate(series: str) -> str:
+    """Of rank 0, by its time from the first step seen to the last, where rate() takes that between
+    scrapes. The file is of rank 0's intervals, too; another node is scraped at other moments.
     """
     grown, seconds = (
-        f"(max_over_time({series}{SPAN}) - min_over_time({series}{SPAN}))"
-        for series in (name, f"elip_last_step_timestamp_seconds{ranks}")
+        f"(max_over_time({each}{SPAN}) - min_over_time({each}{SPAN}))"
+        for each in (series, 'elip_last_step_timestamp_seconds{rank="0"}')
     )
-    return f"sum({grown} / on (node{'' if ranks else ', rank'}) {seconds})"
+    return f"sum({grown} / on (node) {seconds})"
 
 
 QUERIES = {
     "first": f"min_over_time(elip_samples_seen{SPAN})",
     "last": f"max_over_time(elip_samples_seen{SPAN})",
-    "samples": _rate("elip_samples_total", '{rank="0"}'),
-    "mfu": f"{_rate('elip_model_flops_total')} / sum(elip_device_peak_flops)",
+    "samples": _rate("elip_samples_total"),
+    # Shapes do not change, so that ranks compute alike.
+    "mfu": _rate('elip_model_flops_total{rank="0"}')
+    + " * sum(elip_rank_up) / sum(elip_device_peak_flops)",
+    "alike": 'sum(elip_model_flops_total{rank="1"}) / sum(elip_model_flops_total{rank="0"})',
     "kept": 'elip_kept_token_ratio{stage="1"}',
     "memory": f'avg_over_time(elip_memory_used_bytes{{rank="0"}}{SPAN})',
     "ranks": "sum(elip_rank_up)",
@@ -62,6 +65,7 @@ def check_throughput(values: dict[str, Any], lines: dict[int, dict[str, Any]]) -
     spent = [32 / line["images_per_second"] for line in stretch]  # by lines of 32 samples
     mfu = sum(s * line["mfu"] for s, line in zip(spent, stretch, strict=True)) / sum(spent)
     assert mfu > 0 and values["mfu"] == pytest.approx(mfu, rel=0.02)
+    assert 0.5 < values["alike"] < 2  # written at other moments, up to 15 s apart
 
 
 def check_kept_and_memory(values: dict[str, Any], lines: dict[int, dict[str, Any]]) -> None:
