@@ -163,7 +163,10 @@ def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
         outside, kappa = OUTSIDE_BYTES, KAPPA
     else:
         limit, name = host_budget(local_ranks, given_bytes=given), "cpu"
-        # This process has imported what a rank imports, and done nothing else.
+        # This process has imported what a rank imports, once it has this, which torch's optimizers
+        # import when the first is made, and done nothing else.
+        import torch._dynamo  # noqa: F401
+
         outside, kappa = psutil.Process().memory_info().rss, 1.0
     if limit.bytes != given:
         limit = Limit(limit.name, _steady(limit.bytes))
