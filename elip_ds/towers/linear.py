@@ -1,4 +1,4 @@
-"""Linear layers; in fp32 on a CPU by oneDNN's matrix products.
+"""Linear layers; where asked, in fp32 on a CPU, by oneDNN's matrix products.
 
 torch gives bf16 to oneDNN, but fp32 to MKL, which on processors that are not Intel's leaves a tenth
 of their speed unused (docs/performance.md). Both sum in fp32; rounding differs, nothing else.
@@ -6,6 +6,7 @@ of their speed unused (docs/performance.md). Both sum in fp32; rounding differs,
 D inputs, O outputs.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 BUILT_IN = torch.backends.mkldnn.is_available()
+
+ONEDNN = "ELIP_DS_ONEDNN"
+"""1: as said above. Off otherwise: what oneDNN keeps for each shape makes a process that has seen
+two micro-batches take some per cent more than one that has seen the larger alone.
+"""
 
 
 class Linear(nn.Linear):
@@ -37,7 +43,8 @@ def _for_onednn(x: Tensor) -> bool:
     if torch.compiler.is_compiling():  # then torch chooses by itself
         return False
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-    return plain and BUILT_IN and not torch.is_autocast_enabled("cpu")
+    asked = BUILT_IN and os.environ.get(ONEDNN) == "1"
+    return plain and asked and not torch.is_autocast_enabled("cpu")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

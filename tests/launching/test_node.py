@@ -139,7 +139,7 @@ def test_a_probe_on_one_node_of_several_may_take_what_their_ranks_will_hold(make
         module._forecast(each, cache, False).prediction(4).parts["optimizer"]
         for each in (alone, node)
     ]
-    assert states[0] == 4 * states[1]
+    assert states[0] == pytest.approx(4 * states[1], rel=0.001)  # slices are padded
     assert more == pytest.approx(states[0] - states[1], rel=0.01)  # gathered features are few
     tight = replace(memory, headroom_bytes=1000)
     assert module._more_than_in_the_run(node, tight, forecast, 4, cache) == 1000

@@ -10,6 +10,11 @@ from elip_ds.towers.linear import Linear, linear
 WIDTH, OUT = 12, 20
 
 
+@pytest.fixture(autouse=True)
+def asked(monkeypatch):
+    monkeypatch.setenv("ELIP_DS_ONEDNN", "1")
+
+
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
