@@ -341,7 +341,7 @@ def test_the_backward_pass_frees_a_layer_once_it_is_through_it(mode):
 
 def hidden(storages):
     """What the first linear layer of an MLP gave."""
-    return [m for m in storages.alive() if "linear" in m.operation and m.shape[-1] == 4 * D]
+    return [m for m in storages.alive() if "mm" in m.operation and m.shape[-1] == 4 * D]
 
 
 def test_a_context_left_by_an_error_is_closed():
