@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from elip_ds.engine.operations import formulas
+from elip_ds.engine.operations import CountingMode
 from elip_ds.launching.parts import PARTS, current_part, listeners
 
 _boundaries: list[tuple[int, str]] = []
@@ -73,13 +72,12 @@ def count_step(
     return counter.counts()
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(CountingMode):
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         super().__init__()
         # By address. A weak reference keeps that of what is gone, so that no other storage gets it.
         self._inputs = [x.untyped_storage() for x in inputs]
         self._before = {x._cdata: StorageWeakRef(x) for x in self._inputs}
-        self._formulas = formulas()
         self._created: dict[int, tuple[StorageWeakRef, str, int]] = {}
         self._packed: dict[int, StorageWeakRef] = {}
         self._operations: tuple[dict[str, int], dict[str, int]] = (_zeros(), _zeros())
@@ -89,14 +87,7 @@ class _Counter(TorchDispatchMode):
         _boundaries.clear()
         _boundaries.append((0, current_part()))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        formula = self._formulas.get(func._overloadpacket)
-        if formula is None and func is not torch.ops.prim.device.default:
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+    def run(self, func: Any, args: Any, kwargs: Any, formula: Callable[..., int] | None) -> Any:
         if self._forward_ends is None:
             self._note_arguments(args, kwargs)
         out = func(*args, **kwargs)

@@ -64,10 +64,11 @@ def _without_out(formula: Callable[..., int]) -> Callable[..., int]:
     return lambda *args, out_val=None, **kwargs: formula(*args, **kwargs)
 
 
-class _Counter(TorchDispatchMode):
+class CountingMode(TorchDispatchMode):
+    """Hands every operator to run, taken apart until it has a formula or has no parts."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0
         self._formulas = formulas()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,6 +79,19 @@ class _Counter(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        return self.run(func, args, kwargs, formula)
+
+    def run(self, func: Any, args: Any, kwargs: Any, formula: Callable[..., int] | None) -> Any:
+        """Call it, and count. formula: None: it has no operations."""
+        raise NotImplementedError
+
+
+class _Counter(CountingMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def run(self, func: Any, args: Any, kwargs: Any, formula: Callable[..., int] | None) -> Any:
         out = func(*args, **kwargs)
         if formula is not None:
             self.operations += formula(*args, **kwargs, out_val=out)

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-BUILT_IN = torch.backends.mkldnn.is_available()
-
-ONEDNN = "ELIP_DS_ONEDNN"
-"""1: as said above. Off otherwise: what oneDNN keeps for each shape makes a process that has seen
+ASKED = torch.backends.mkldnn.is_available() and os.environ.get("ELIP_DS_ONEDNN") == "1"
+"""As said above. Off otherwise: what oneDNN keeps for each shape makes a process that has seen
 two micro-batches take some per cent more than one that has seen the larger alone.
 """
 
@@ -40,11 +38,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _for_onednn(x: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # then torch chooses by itself
+    if not ASKED or torch.compiler.is_compiling():  # then torch chooses by itself
         return False
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-    asked = BUILT_IN and os.environ.get(ONEDNN) == "1"
-    return plain and asked and not torch.is_autocast_enabled("cpu")
+    return plain and not torch.is_autocast_enabled("cpu")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
