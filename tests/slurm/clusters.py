@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DEADLINE = 60
 "Seconds that Slurm may take for anything on a loaded machine."
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
 def local_slurm(verb: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
@@ -70,10 +71,15 @@ class Cluster:
 
         def requeued() -> bool:
             facts = self.facts(job)
+            assert facts["JobState"] not in ENDED, f"job {job} ended instead: {self.said(job)}"
             return (facts["JobState"], facts["Restarts"]) == ("PENDING", restart)
 
         wait_until(requeued, f"job {job} requeued", seconds)
         self.ask("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+
+    def said(self, job: str) -> str:
+        """The end of what a job has written."""
+        return Path(self.facts(job)["StdOut"]).read_text()[-3000:]
 
     def wait_for(self, job: str, *states: str, seconds: float = DEADLINE) -> dict[str, str]:
         wait_until(lambda: self.facts(job)["JobState"] in states, f"job {job}: {states}", seconds)

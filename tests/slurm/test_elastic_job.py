@@ -9,9 +9,9 @@ from slurm.test_pretrain_script import TRAINS_SECONDS, losses_of, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-# 40 steps: ITM is off, as its negatives depend on the split over ranks.
+# 60 steps: ITM is off, as its negatives depend on the split over ranks.
 WORDS = (
-    *("schedule.length=320 samples", "checkpoint.every=80 samples", "objectives.itm=null"),
+    *("schedule.length=480 samples", "checkpoint.every=80 samples", "objectives.itm=null"),
     *("run.on_finish=nothing", "metrics.every=8 samples"),
 )
 
@@ -48,7 +48,7 @@ def test_a_run_goes_from_two_nodes_to_one_and_back(
     assert "world_size 2 -> 1" in log and "world_size 1 -> 2" in log
     lines = [json.loads(x) for x in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     seen = [line["samples_seen"] for line in lines if "losses" in line]
-    assert seen == list(range(8, 328, 8))  # the same global batch throughout
+    assert seen == list(range(8, 488, 8))  # the same global batch throughout
     whole = start("whole", *WORDS).finish()
     found, expected = losses_of(tmp_path / "tiny"), whole.losses()
     assert found.keys() == expected.keys()

@@ -16,7 +16,7 @@ from slurm.clusters import ROOT, Cluster, step_daemons, wait_until
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 NODES = 3
-LENGTH = ("schedule.length=800 samples", "checkpoint.every=80 samples")  # 100 steps
+LENGTH = ("schedule.length=1200 samples", "checkpoint.every=80 samples")  # 150 steps
 TRAINS_SECONDS = 240
 "Two ranks start and train a tiny model, on a machine with other work."
 
@@ -53,6 +53,17 @@ class Runs:
     def trains(self, step: int) -> None:
         """Wait until a step is done."""
         wait_until(lambda: max(self.steps, default=0) >= step, f"step {step}", TRAINS_SECONDS)
+
+    def saves(self, step: int = 0) -> None:
+        """Wait until a checkpoint of that step or a later one, or a newer one than now, is whole."""
+        step = step or self.saved + 1
+        wait_until(lambda: self.saved >= step, f"a checkpoint of step {step}", TRAINS_SECONDS)
+
+    @property
+    def saved(self) -> int:
+        """The step of the checkpoint that a failure would go on from; 0: there is none."""
+        latest = self.run / "ckpt" / "latest"
+        return int(latest.read_text().split("-")[-1]) if latest.exists() else 0
 
     def end(self, job: str) -> dict[str, str]:
         return self.cluster.wait_for(job, "COMPLETED", "FAILED", seconds=TRAINS_SECONDS)
@@ -104,11 +115,11 @@ def test_killed_ranks_and_step_daemons_cost_the_steps_since_the_last_checkpoint(
 ):
     """A rank of n2 first, then the step daemon of the node in its place."""
     job = runs.submit(EXCLUDE_AFTER="1")
-    runs.trains(15)
+    runs.saves(10)
     runs.rank(job, "n2").kill()
     runs.cluster.start_again(job, seconds=TRAINS_SECONDS)
     assert runs.cluster.facts(job)["ExcNodeList"] == "n2"
-    runs.trains(35)
+    runs.saves()
     step_daemons(job, "n3")[0].kill()
     runs.cluster.start_again(job, "2", seconds=TRAINS_SECONDS)
     assert json.loads((runs.run / "summary.json").read_text())["state"] == "stopped"
@@ -122,7 +133,7 @@ def test_a_job_is_suspended_and_cancelled_and_the_next_one_loses_a_node(
     runs: Runs, whole: Job, nodes: None
 ):
     """Its slurmd, its step daemon and its rank at once, as when the power goes."""
-    clock = ("checkpoint.every=9999 samples", "checkpoint.every_minutes=0.01")
+    clock = ("checkpoint.every=9999 samples", "checkpoint.every_minutes=0.001")
     job = runs.submit(*clock)
     runs.trains(15)
     runs.cluster.ask("scontrol", "suspend", job)
@@ -135,7 +146,7 @@ def test_a_job_is_suspended_and_cancelled_and_the_next_one_loses_a_node(
     for checkpoint in (runs.run / "ckpt").glob("step-*"):
         assert (checkpoint / "meta.json").exists()
     job = runs.submit(*clock)
-    runs.trains(max(runs.steps) + 25)  # two agreements: the clock starts at the first
+    runs.saves()
     slurmd = runs.slurmd("n2")
     assert slurmd is not None
     for process in (slurmd, step_daemons(job, "n2")[0], runs.rank(job, "n2")):
