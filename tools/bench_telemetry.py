@@ -6,7 +6,8 @@ examples:
 
 One rank under DeepSpeed. A round is a number of steps without telemetry and as many with it, in an
 order that alternates; "with" is all that Recorder.step does: counting, the end of an interval every
-metrics.every, writing the series; the endpoint's process runs and is scraped once a second. "by
+metrics.every, writing the series; the endpoint's process runs and is scraped once a second. Ratios
+are of the clock and of the process's CPU time, which other work on the machine moves less; "by
 itself" is the time that telemetry measures of its own work.
 """
 
@@ -49,7 +50,10 @@ def main(argv: list[str]) -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """plain, told: seconds of each round's steps.  own: the share that telemetry says of itself."""
+    """plain, told: seconds of each round's steps, by the clock and of CPU time.
+
+    own: the share that telemetry says of itself.
+    """
     words = [f"run.dir={folder}", "metrics.port=0", *args.words]
     config = load_config(["--deepspeed", args.deepspeed, *words])
     tree = read_ds_config(config.engine.deepspeed)
@@ -77,18 +81,19 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     threading.Thread(target=scrape, args=(url, over), daemon=True).start()
     for _ in range(4):
         recorder.step(engine.train_step(loader))
-    plain: list[float] = []
-    told: list[float] = []
+    plain: list[tuple[float, float]] = []
+    told: list[tuple[float, float]] = []
     before, start = own_seconds(recorder), time.perf_counter()
     for round_ in range(args.rounds):
         for kind in ("plain", "told") if round_ % 2 else ("told", "plain"):
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             engine.operations = operations if kind == "told" else None
             for _ in range(args.steps):
                 record = engine.train_step(loader)
                 if kind == "told":
                     recorder.step(record)
-            (told if kind == "told" else plain).append(time.perf_counter() - began)
+            taken = time.perf_counter() - began, time.process_time() - cpu
+            (told if kind == "told" else plain).append(taken)
     own = (own_seconds(recorder) - before) / (time.perf_counter() - start) * 2
     over.set()
     recorder.close()
@@ -108,14 +113,18 @@ def scrape(url: str, over: threading.Event) -> None:
 
 def report(measured: dict[str, Any]) -> None:
     plain, told = measured["plain"], measured["told"]
-    ratios = [with_ / without for with_, without in zip(told, plain, strict=True)]
-    step = statistics.median(plain) / measured["steps"]
+    step = statistics.median(clock for clock, _ in plain) / measured["steps"]
     print(
-        f"{measured['config'].preset}: a step without takes {1000 * step:.4g} ms (median); with it "
-        f"{100 * (statistics.median(ratios) - 1):+.2f} % (median of {len(ratios)} pairs, "
-        f"{100 * (min(ratios) - 1):+.1f}..{100 * (max(ratios) - 1):+.1f}); by itself "
-        f"{100 * measured['own']:.3f} %"
+        f"{measured['config'].preset}: a step without takes {1000 * step:.4g} ms (median); with it"
     )
+    for i, by in enumerate(("the clock", "CPU time")):
+        ratios = [with_[i] / without[i] for with_, without in zip(told, plain, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"{100 * (middle - 1):+.2f} % by {by} (median of {len(ratios)} pairs, quartiles "
+            f"{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f})"
+        )
+    print(f"{100 * measured['own']:.3f} % by itself")
 
 
 if __name__ == "__main__":

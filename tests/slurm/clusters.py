@@ -105,11 +105,13 @@ def cluster(
 ) -> Iterator[Cluster]:
     """Up before a module's first test, down after its last: two of them would refuse each other.
 
-    It has two nodes, or as many as the module's NODES says.
+    It has two nodes, or as many as the module's NODES says, and the module's LINES in slurm.conf.
     """
     need_slurm()
     folder = tmp_path_factory.mktemp("slurm") / "c"
-    started = local_slurm("up", folder, "--nodes", str(getattr(request.module, "NODES", 2)))
+    lines = [word for line in getattr(request.module, "LINES", ()) for word in ("--line", line)]
+    nodes = str(getattr(request.module, "NODES", 2))
+    started = local_slurm("up", folder, "--nodes", nodes, *lines)
     assert started.returncode == 0, started.stderr
     yield Cluster(folder)
     ended = local_slurm("down", folder)

@@ -55,7 +55,7 @@ class Runs:
         wait_until(lambda: max(self.steps, default=0) >= step, f"step {step}", TRAINS_SECONDS)
 
     def saves(self, step: int = 0) -> None:
-        """Wait until a checkpoint of that step or a later one, or a newer one than now, is whole."""
+        """Wait until a checkpoint of that step or later is whole, or a newer one than now."""
         step = step or self.saved + 1
         wait_until(lambda: self.saved >= step, f"a checkpoint of step {step}", TRAINS_SECONDS)
 
@@ -179,6 +179,22 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(runs: Runs,
         (disk / "ballast").unlink()
         assert runs.end(job)["JobState"] == "COMPLETED", runs.log
         assert not list((runs.run / "ckpt").glob(".step-*"))
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_read_only_run_folder_is_one_line_and_status_2(runs: Runs):
+    """A file system: root may write to every folder of others, whatever its mode."""
+    disk = runs.folder / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        facts = runs.end(runs.submit(f"run.dir={disk}", options=["--nodes=1"]))
+        assert facts["ExitCode"] == "2:0", runs.log
+        [line] = [line for line in runs.log.splitlines() if line.startswith("error: ")]
+        assert "Read-only file system" in line
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     folder = args.dir.absolute()
     if args.verb == "up":
         started = time.monotonic()
-        conf = start_cluster(folder, args.nodes)
+        conf = start_cluster(folder, args.nodes, args.line)
         seconds = time.monotonic() - started
         sys.stderr.write(f"{args.nodes} nodes idle after {seconds:.1f} s\n")
         print(f"export SLURM_CONF={conf}")
@@ -56,6 +56,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("verb", choices=("up", "down", "status"))
     parser.add_argument("--nodes", type=int, default=2, help="of this machine; all CPUs are each's")
+    parser.add_argument(
+        "--line",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="up: for slurm.conf besides, such as 'PartitionName=low Nodes=ALL'; may be repeated",
+    )
     parser.add_argument(
         "--dir", type=Path, default=default_folder(), help="of all it writes; default: %(default)s"
     )

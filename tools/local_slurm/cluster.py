@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +82,10 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp")) / f"local_slurm-{os.getuid()}"
 
 
-def start_cluster(folder: Path, nodes: int) -> Path:
+def start_cluster(folder: Path, nodes: int, lines: Sequence[str] = ()) -> Path:
     """Start a cluster of nodes n1, n2, ... and wait until all are idle. Returns its slurm.conf.
+
+    lines: what slurm.conf shall hold besides.
 
     Raises UserError where Slurm is missing, where there is a cluster already, and where a daemon
     does not start, of which then nothing is left.
@@ -96,7 +98,7 @@ def start_cluster(folder: Path, nodes: int) -> Path:
         raise UserError(f"--dir {folder}: cannot be made: {error.strerror}") from None
     conf = folder / "slurm.conf"
     try:
-        names = _write_config(conf, nodes)
+        names = _write_config(conf, nodes, lines)
         _start_daemons(programs, conf, names)
         _wait_until_idle(conf, names)
     except BaseException:
@@ -205,7 +207,7 @@ def _refuse_others(folder: Path) -> None:
             )
 
 
-def _write_config(conf: Path, nodes: int) -> list[str]:
+def _write_config(conf: Path, nodes: int, lines: Sequence[str]) -> list[str]:
     """Write slurm.conf and the key; returns the names of the nodes."""
     try:
         user = pwd.getpwuid(os.getuid()).pw_name
@@ -217,7 +219,7 @@ def _write_config(conf: Path, nodes: int) -> list[str]:
     text = MARK + CONFIG.format(host=host, port=port, user=user, folder=conf.parent)
     for name, of_node in zip(names, ports, strict=True):
         text += NODE.format(name=name, host=host, port=of_node, cpus=os.cpu_count())
-    conf.write_text(text + PARTITION)
+    conf.write_text(text + PARTITION + "".join(f"{line}\n" for line in lines))
     key = conf.parent / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(1024))
@@ -268,7 +270,8 @@ def _wait_until_idle(conf: Path, names: list[str]) -> None:
     states = ""
     while time.monotonic() < end:
         states = ask_slurm(conf, "sinfo", "--noheader", "--Node", "--format=%N %T")
-        if states.splitlines() == [f"{name} idle" for name in names]:
+        # A node is there once for each of its partitions.
+        if list(dict.fromkeys(states.splitlines())) == [f"{name} idle" for name in names]:
             return
         time.sleep(0.05)
     last = (conf.parent / "slurmctld.log").read_text().strip().splitlines()[-1:]
