@@ -86,7 +86,7 @@ class Node:
     """What is asked of it.
 
     tree: the DeepSpeed JSON.  asked: global batch and micro-batch, as json_batch gives them.
-    device: cpu or cuda.  folder: the run's.
+    device: cpu or cuda.  folder: the run's, which all nodes see.  first_rank: of this node.
     """
 
     config: Config
@@ -96,6 +96,12 @@ class Node:
     local_ranks: int
     device: str
     folder: Path
+    first_rank: int = 0
+
+    @property
+    def probe_folder(self) -> Path:
+        """Nodes probe at the same time, each in a folder of its own."""
+        return self.folder / ("probe" if self.first_rank == 0 else f"probe-{self.first_rank}")
 
 
 def answer_for_node(node: Node, cache: Cache | None = None) -> dict[str, Any]:
@@ -318,7 +324,7 @@ def _planned(largest: int, taken: int, told: str) -> dict[str, Any]:
 def _probe(
     node: Node, memory: Memory, sizes: list[int], forecast: Forecast, cache: Cache
 ) -> dict[str, Any]:
-    folder = node.folder / "probe"
+    folder = node.probe_folder
     shutil.rmtree(folder, ignore_errors=True)
     guess = forecast.largest(memory.planned(memory.budget_bytes), sizes)
     log.info(

@@ -131,6 +131,7 @@ def _answer(
             local_ranks=ranks.local_world_size,
             device=ranks.device.type,
             folder=run.dir,
+            first_rank=run.rank,
         )
     )
 

@@ -15,11 +15,17 @@ TRAINS_SECONDS = 240
 "Two ranks start and train a tiny model, on a machine with other work."
 
 
-def submit(cluster: Cluster, folder: Path, *words: str, options: tuple[str, ...] = ()) -> str:
+def submit(
+    cluster: Cluster,
+    folder: Path,
+    *words: str,
+    options: tuple[str, ...] = (),
+    script: str = "slurm/pretrain_4m.sh",
+) -> str:
     """The script as people submit it, in the repository's folder. Returns the job's number."""
     words = (*tiny_words(), f"run.dir={folder}", "run.name=tiny", "engine.precision=fp32", *words)
     options = ("--time=30", f"--output={folder}/job.log", *options)
-    return cluster.submit(*options, "slurm/pretrain_4m.sh", *words, cwd=ROOT)
+    return cluster.submit(*options, script, *words, cwd=ROOT)
 
 
 def losses_of(run: Path) -> dict[int, dict[str, float]]:
@@ -40,6 +46,17 @@ def test_it_trains_on_two_nodes_and_saves(cluster: Cluster, tmp_path: Path, shar
     assert json.loads((tmp_path / "tiny" / "summary.json").read_text())["world_size"] == 2
     assert list(losses_of(tmp_path / "tiny")) == list(range(1, 9))
     assert (tmp_path / "tiny/ckpt/step-00000008/meta.json").exists()
+
+
+def test_the_plan_script_measures_what_fits_and_trains_nothing(cluster: Cluster, tmp_path: Path):
+    words = ("batching.device_memory=cpu:1GiB", "batching.global_batch_size=64")
+    job = submit(cluster, tmp_path, *words, script="slurm/plan.sh")
+    facts = cluster.wait_for(job, "COMPLETED", "FAILED", seconds=TRAINS_SECONDS)
+    log = (tmp_path / "job.log").read_text()
+    assert facts["ExitCode"] == "0:0", log
+    assert "micro-batch 32 x accumulation 1 x 2 ranks = 64" in log and "(measured" in log
+    made = sorted(path.name for path in (tmp_path / "tiny").iterdir())
+    assert made == ["plan.json", "probe", "probe-1"]  # of each node its own, at the same time
 
 
 def test_a_setting_that_does_not_fit_fails_the_job_with_one_line(cluster: Cluster, tmp_path: Path):
