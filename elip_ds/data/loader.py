@@ -5,7 +5,9 @@ and tokenize (pairs.py). Samples that could not be used are counted; too many of
 """
 
 import logging
+import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -237,10 +239,21 @@ def _torch_loader(
 
 
 def _start_worker(_: int) -> None:
-    # Signals are for the ranks, which stop in an orderly way; a worker ends with its rank.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else signal.SIG_DFL)
+    # Signals are for the ranks, which stop in an orderly way; a worker ends with its rank. At
+    # Ctrl-C DeepSpeed's launcher sends TERM to a rank's children, too, and a rank without workers
+    # cannot do the steps until it saves: TERM counts only where the rank itself sends it.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_when_told_by(rank: int) -> None:
+    """rank: its process."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        pass
+    os._exit(0)
 
 
 def build_loaders(

@@ -1,14 +1,20 @@
 """Killed at any moment, a run goes on as if nothing had happened."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from conftest import tiny_words
+from end_to_end.jobs import ROOT, TRAIN, Job, free_port
 
 pytestmark = pytest.mark.slow
 
+Z2 = str(ROOT / "ds_configs/z2.json")
 LONG = (
     "schedule.length=320 samples",  # 40 steps
     "checkpoint.every=80 samples",
@@ -56,6 +62,29 @@ def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(start, json)
     assert "step 10, 80 samples seen" in resumed.output[0]
     assert resumed.losses() == whole.losses()
     assert not list(folder.glob(".step-*"))
+
+
+def test_ctrl_c_saves_under_deepspeeds_launcher(tmp_path, shared_scenes):
+    """The terminal signals all at once; the launcher then ends all that the ranks have started."""
+    words = [*tiny_words(*LONG), f"data.builtin.dir={shared_scenes}", f"run.dir={tmp_path}"]
+    words = [f"--master_port={free_port()}", str(TRAIN), "--deepspeed", Z2, *words, "run.name=it"]
+    program = str(Path(sys.executable).parent / "deepspeed")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    launcher = subprocess.Popen(
+        [program, "--num_accelerators", "2", *words, "schedule.length=3200 samples"],
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a group of its own, as a shell gives it
+    )
+    job = Job(tmp_path / "it", [launcher])
+    job.wait_for(lambda: len(job.losses()) >= 12, "12 steps")
+    os.killpg(launcher.pid, signal.SIGINT)
+    job.finish(ok=False)  # reads until the last of all processes has ended
+    assert json.loads((job.dir / "summary.json").read_text())["state"] == "stopped", job.output[0]
+    assert job.newest().name == f"step-{len(job.losses()):08d}"
 
 
 def test_a_signal_saves_after_the_step_and_the_next_start_goes_on(whole, start):

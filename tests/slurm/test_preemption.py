@@ -29,7 +29,9 @@ def test_a_preempted_job_saves_makes_room_and_goes_on(
     wait_until(
         lambda: metrics.exists() and '"step": 12' in metrics.read_text(), "step 12", TRAINS_SECONDS
     )
-    urgent = cluster.submit("--nodes=2", "--exclusive", "--partition=urgent", "--wrap=sleep 1", cwd=tmp_path)
+    urgent = cluster.submit(
+        "--nodes=2", "--exclusive", "--partition=urgent", "--wrap=sleep 1", cwd=tmp_path
+    )
     facts = cluster.wait_for(urgent, "COMPLETED", "FAILED", seconds=TRAINS_SECONDS)
     assert facts["JobState"] == "COMPLETED"
     log = tmp_path / "job.log"
