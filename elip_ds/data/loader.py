@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class TrainLoader:
         batches = rank_batches(
             self.order, samples_seen, micro_batches=self._micro_batches, rank=self._run.rank
         )
-        self._batches = iter(_torch_loader(self.dataset, batches, self._workers, self._run))
+        self._batches = _start_batches(self.dataset, batches, self._workers, self._run)
 
     def __iter__(self) -> "TrainLoader":
         return self
@@ -205,7 +206,7 @@ class HeldOut:
         places = self._places()
         step = self._batch_size
         batches = (places[i : i + step] for i in range(0, len(places), step))
-        for batch in _torch_loader(self.dataset, batches, self._workers, self._run):
+        for batch in _start_batches(self.dataset, batches, self._workers, self._run):
             yield self._intake.take(batch)
         self._intake.check()
 
@@ -221,10 +222,11 @@ class HeldOut:
         return places
 
 
-def _torch_loader(
+def _start_batches(
     dataset: PairDataset, batches: Iterable[list[Place]], workers: int, run: Run
-) -> DataLoader:
-    return DataLoader(
+) -> Iterator[Batch]:
+    """Torch's iterator, whose workers run already."""
+    loader = DataLoader(
         dataset,
         sampler=batches,
         batch_size=None,  # the dataset makes whole batches
@@ -236,21 +238,34 @@ def _torch_loader(
         # resumed run draws after it.
         generator=torch.Generator(),
     )
+    with _deaf_to_term():
+        return iter(loader)
+
+
+@contextmanager
+def _deaf_to_term() -> Iterator[None]:
+    """Processes that start meanwhile do not hear TERM, in any thread of theirs.
+
+    At Ctrl-C DeepSpeed's launcher sends it to a rank's children, too, and a rank without workers
+    cannot do the steps until it saves.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(_: int) -> None:
-    # Signals are for the ranks, which stop in an orderly way; a worker ends with its rank. At
-    # Ctrl-C DeepSpeed's launcher sends TERM to a rank's children, too, and a rank without workers
-    # cannot do the steps until it saves: TERM counts only where the rank itself sends it.
+    # Signals are for the ranks, which stop in an orderly way; a worker ends with its rank.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
 
 
 def _end_when_told_by(rank: int) -> None:
-    """rank: its process."""
+    """TERM counts where the rank sends it, as torch does when a worker does not end by itself."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
         pass
     os._exit(0)

@@ -72,7 +72,7 @@ def test_ctrl_c_saves_under_deepspeeds_launcher(tmp_path, shared_scenes):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     launcher = subprocess.Popen(
         [program, "--num_accelerators", "2", *words, "schedule.length=3200 samples"],
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "2"},  # a worker has threads, too
         cwd=tmp_path,
         text=True,
         stdout=subprocess.PIPE,
