@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -163,13 +164,22 @@ def _grows(runs: Runs) -> bool:
     return runs.steps != before
 
 
+@contextmanager
+def mounted(disk: Path, options: str) -> Iterator[None]:
+    """A small file system of its own."""
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(runs: Runs, whole: Job):
     disk = runs.folder / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with mounted(disk, "size=8m"):
         runs.run = disk / "tiny"
         job = runs.submit(f"run.dir={disk}")
         first = runs.run / "ckpt" / "step-00000010"
@@ -179,24 +189,16 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(runs: Runs,
         (disk / "ballast").unlink()
         assert runs.end(job)["JobState"] == "COMPLETED", runs.log
         assert not list((runs.run / "ckpt").glob(".step-*"))
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_read_only_run_folder_is_one_line_and_status_2(runs: Runs):
     """A file system: root may write to every folder of others, whatever its mode."""
     disk = runs.folder / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a file system needs root")
-    try:
+    with mounted(disk, "ro"):
         facts = runs.end(runs.submit(f"run.dir={disk}", options=["--nodes=1"]))
         assert facts["ExitCode"] == "2:0", runs.log
         [line] = [line for line in runs.log.splitlines() if line.startswith("error: ")]
         assert "Read-only file system" in line
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("what", ["a run folder that cannot be made", "data that are not there"])
