@@ -24,7 +24,8 @@ USAGE = """\
 usage: python -m elip_ds.launch plan|probe|run [preset=NAME] [key=value ...] --deepspeed JSON [...]
 
 plan    what a step would take, by part, and the largest micro-batch that fits: no device, no data
-probe   real steps on this machine, in processes of their own; prints what fits, and remembers it;
+probe   what fits on this machine, by real steps in processes of their own, or by the plan alone if
+        it takes half of the memory at most (batching.probe=always: by steps); it is remembered;
         under srun, with a task for each rank, of all nodes of the job
 run     train: by deepspeed on this machine, by srun inside a Slurm allocation; where memory runs
         out, start again with a smaller micro-batch from the last checkpoint

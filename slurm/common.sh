@@ -3,7 +3,7 @@ set -uo pipefail
 
 if [ -d .venv ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
 if [ -f slurm/site.env ]; then . slurm/site.env; fi
-MAX_TRIES=${MAX_TRIES:-20}                 # failures that a job may start again after
+MAX_TRIES=${MAX_TRIES:-20}                 # failures of a job, of which the last one ends it
 EXCLUDE_AFTER=${EXCLUDE_AFTER:-2}          # failures of a node, until the job does without it
 STALL_SECONDS=${STALL_SECONDS:-3600}       # without a step: longer than any evaluation or save
 LINGER_SECONDS=${LINGER_SECONDS:-60}       # until all are killed, once the first task has ended
@@ -36,7 +36,13 @@ trap 'rm -rf "$folder"' EXIT
 say() { echo "$(date +%T) $*"; }
 
 # words_of FILE: in an array, sets `words` to those of the line that has this element's number.
-words_of() { eval "words=($(sed -n "${SLURM_ARRAY_TASK_ID:?give sbatch --array=1-N}p" "$1"))"; }
+words_of() {
+    local line
+    : "${SLURM_ARRAY_TASK_ID:?give sbatch --array=1-N}"
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")
+    if [ -z "$line" ]; then say "error: $1 has no line $SLURM_ARRAY_TASK_ID"; exit 2; fi
+    eval "words=($line)"
+}
 
 # step COMMAND...: one process for each task. Returns the highest status of them. The run's folder,
 # its newest checkpoint at the start and its end are the lines of ELIP_BEAT_FILE then (elip_ds/run.py).
@@ -82,13 +88,17 @@ watch_step() {
 told() { sed -n "$1p" "$ELIP_BEAT_FILE"; }
 
 # train WORD...: train.py with these words, to its end; asks Slurm for another start when it was
-# stopped, and when it failed and another start goes on from a newer checkpoint. Ends the script.
+# stopped, and when it failed and another start goes on from a newer checkpoint, or with a smaller
+# micro-batch. Ends the script.
 train() {
     local status
+    given=
+    if [[ " $* " == *" batching.micro_batch_size="[0-9]* ]]; then given=yes; fi
     # What fits is found before the training step, and remembered for it and for later starts.
-    if [ "$start" = 0 ] && [[ " $* " != *" batching.micro_batch_size="[0-9]* ]]; then
+    if [ "$start" = 0 ] && [ -z "$given" ]; then
         step python -m elip_ds.launch probe --deepspeed "$DEEPSPEED" "$@" || exit
     fi
+    : > "$folder/begun"
     step python elip_ds/train.py --deepspeed "$DEEPSPEED" "$@"
     status=$?
     case $(told 3) in
@@ -103,7 +113,7 @@ train() {
     esac
     if [ "$status" = 2 ]; then exit 2; fi    # refused: it would be refused again
     if [ "$status" = 0 ]; then status=1; fi
-    recover "$status"
+    recover "$status" || exit
     exit "$status"
 }
 
@@ -112,7 +122,7 @@ train() {
 again() {
     trap '' TERM
     if ! scontrol requeue "$job"; then
-        say "saved, and not requeued (sbatch --requeue, where the cluster allows it): submit it again"
+        say "not requeued (sbatch --requeue, where the cluster allows it): submit it again"
         return 75
     fi
     if [ -n "${1:-}" ] && ! scontrol update "JobId=$job" "ExcNodeList=$1"; then
@@ -121,22 +131,35 @@ again() {
 }
 
 # recover STATUS: after a failure start again, but only from a newer checkpoint than this start began
-# with, and not for ever. Which node failed first stays in the run's folder.
+# with, or with a smaller micro-batch, and not for ever. Which node failed first stays in the run's
+# folder. 75 where Slurm will not.
 recover() {
-    local run node='' failures others exclude=''
+    local run node='' failures others exclude='' short=''
     run=$(told 1)
-    if [ -z "$run" ] || [ "$(cat "$run/ckpt/latest" 2> /dev/null || echo none)" = "$(told 2)" ]; then
+    # A rank whose memory ran out says so there, and the next start takes fewer samples at once.
+    if [ -n "$run" ] && [ -z "$given" ]; then
+        short=$(find "$run/memory" -name 'oom-*.json' -newer "$folder/begun" 2> /dev/null)
+    fi
+    if [ -z "$run" ] || { [ -z "$short" ] &&
+        [ "$(cat "$run/ckpt/latest" 2> /dev/null || echo none)" = "$(told 2)" ]; }; then
         say "failed with status $1, and no checkpoint since the start: not starting again"
         return
     fi
     failures=$run/failures-$job
     # Not where a node never answered: srun names only those whose ranks have lost their peer by it.
-    if ! grep -q "^srun: error: Timed out waiting for job step" "$folder/said"; then
+    if [ -n "$short" ]; then
+        node=memory
+    elif ! grep -q "^srun: error: Timed out waiting for job step" "$folder/said"; then
         node=$(sed -n 's/^srun: error: \([^ :]*\): tasks\{0,1\} .*/\1/p' "$folder/said" | head -n 1)
     fi
     echo "${node:-unknown} $(date +%FT%T) start $start status $1" >> "$failures"
     if [ "$(wc -l < "$failures")" -ge "$MAX_TRIES" ]; then
         say "failed with status $1, $MAX_TRIES times by now: not starting again"
+        return
+    fi
+    if [ -n "$short" ]; then
+        say "memory ran out ($run/memory): starting again with a smaller micro-batch"
+        again
         return
     fi
     if [ -n "$node" ] && [ "$(grep -c "^$node " "$failures")" -ge "$EXCLUDE_AFTER" ]; then

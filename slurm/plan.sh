@@ -1,5 +1,6 @@
 #!/bin/bash
-# What fits on these nodes, by real steps, and nothing else. Ask for what the run will have:
+# What fits on these nodes, and nothing else: by real steps, unless the plan alone says that there is
+# room in plenty or an answer is remembered. Ask for what the run will have:
 #   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 slurm/plan.sh data.root=/data
 # The answer is in the log and in the run's plan.json, and is remembered for the run. Without any node:
 #   python -m elip_ds.launch plan preset=albef_4m --deepspeed ds_configs/z2.json --device-memory a100-80 --ranks 32

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Pre-train, by ALBEF's recipe unless told otherwise. Submit it in the repository's folder:
 #   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 slurm/pretrain_4m.sh data.root=/data
-#   PRESET=blip_4m sbatch slurm/pretrain_4m.sh run.name=mine        # any key=value follows the script
+#   PRESET=blip_4m sbatch [options as above] slurm/pretrain_4m.sh run.name=mine   # any key=value follows
 #   sbatch slurm/pretrain_4m.sh preset=demo                         # two nodes of any cluster, no GPU
 #   SWEEP=rates.txt sbatch --array=1-3 slurm/pretrain_4m.sh         # a line each: run.name=a optim.lr=1e-4
 # A task is a rank: on nodes with GPUs ask for as many tasks as GPUs. No line here asks for GPUs,

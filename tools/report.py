@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from elip_ds.errors import UserError, exit_with
 
 STYLE = "body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}" + (
@@ -180,6 +178,10 @@ PLOTS: list[tuple[str, str, Values]] = [
 
 def plot(title: str, scale: str, values: Values, runs: list[RunFiles]) -> str:
     """An SVG picture, over the samples seen."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     axes = figure.subplots()
     for number, run in enumerate(runs):

@@ -246,7 +246,8 @@ class Telemetry:
 def memory(device: torch.device) -> tuple[int, int]:
     """(used, peak) bytes of this rank."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        # Held, not allocated: between two steps next to nothing is allocated.
+        return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -49,6 +49,7 @@ def healthy() -> dict[str, str]:
         series("elip_samples_skipped_total", source="coco", reason="decode"): steadily(0.01),
         series("elip_loss", objective="itc"): steadily(0.0001, start=5),
         series("elip_start_timestamp_seconds"): constant(0),
+        series("elip_world_size"): constant(len(RANKS)),
         series("elip_checkpoint_last_success_timestamp_seconds"): " ".join(
             f"{start}x{1800 // EVERY - 1}" for start in range(0, HOURS * 3600, 1800)
         ),
@@ -91,6 +92,7 @@ PROVOKED = {
     },
     "ElipNodeSilent": {series("up", exporter="elip_ds", node="n0"): then((1, 1), (0, 2))},
     "ElipRankDead": {of_rank("elip_rank_up", "3"): then((1, 1), (0, 2))},
+    "ElipRanksMissing": {of_rank("elip_rank_up", "3"): then((1, 1), ("stale", 2))},
     "ElipLossNotFinite": {series("elip_loss", objective="itc"): then((3, 1), ("NaN", 2))},
     "ElipStepsSkipped": {
         series("elip_optimizer_steps_skipped_total", reason="overflow"): (
@@ -99,7 +101,7 @@ PROVOKED = {
     },
     "ElipThroughputDrop": {
         series("elip_samples_total"): (
-            f"{steadily(64, HOUR)} {steadily(40, 2 * HOUR, start=64 * HOUR)}"
+            f"{steadily(64, 1.5 * HOUR)} {steadily(40, 1.5 * HOUR, start=96 * HOUR)}"
         )
     },
     "ElipStragglerRank": {phase_of("2", "forward"): steadily(0.5)},
@@ -121,9 +123,10 @@ WHEN = {
     "ElipTrainingStalled": "1h8m",
     "ElipNodeSilent": "1h3m",
     "ElipRankDead": "1h3m",
+    "ElipRanksMissing": "1h4m",
     "ElipLossNotFinite": "1h1m",
     "ElipStepsSkipped": "1h12m",
-    "ElipThroughputDrop": "1h25m",
+    "ElipThroughputDrop": "1h55m",
     "ElipRestartLoop": "1h22m",
     "ElipCheckpointOld": "2h10m",
 }

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,13 @@ class Jobs:
         (folder / "slurm").symlink_to(ROOT / "slurm")
         (folder / "bin").mkdir()
 
-    def submit(self, rank: str, *options: str, **environ: str) -> str:
+    def submit(self, rank: str, *options: str, words: Sequence[str] = (), **environ: str) -> str:
         """rank: what each rank does, in shell, with `progress` and `tell done` for words."""
         python = self.folder / "bin" / "python"
         python.write_text(RANK + rank)
         python.chmod(0o755)
         path = f"{python.parent}:{os.environ['PATH']}"
-        words = ("--time=5", "--output=job.log", *options, "slurm/pretrain_4m.sh")
+        words = ("--time=5", "--output=job.log", *options, "slurm/pretrain_4m.sh", *words)
         environ = {"PATH": path, "LINGER_SECONDS": "1"} | environ
         return self.cluster.submit(*words, cwd=self.folder, **environ)
 
@@ -123,6 +124,28 @@ def test_where_a_job_may_not_be_requeued_it_says_so_and_leaves_with_75(jobs: Job
     job = jobs.submit("tell stopped", "--no-requeue")
     assert jobs.end(job) == ("FAILED", "75:0")
     assert jobs.log.count("submit it again") == 1
+
+
+def test_where_memory_ran_out_it_starts_again_without_a_checkpoint(jobs: Jobs):
+    """A smaller micro-batch may do; not where the user has given one."""
+    rank = """
+        if [ $start = 1 ]; then tell done; exit; fi
+        mkdir -p run/memory; touch run/memory/oom-$SLURM_PROCID.json; exit 77
+    """
+    job = jobs.submit(rank, EXCLUDE_AFTER="1")
+    jobs.cluster.start_again(job)
+    assert jobs.end(job) == ("COMPLETED", "0:0")
+    assert (jobs.folder / "run" / f"failures-{job}").read_text().startswith("memory ")
+    assert jobs.cluster.facts(job)["ExcNodeList"] == "(null)"
+    job = jobs.submit(rank, words=["batching.micro_batch_size=8"])
+    assert jobs.end(job) == ("FAILED", "77:0")
+
+
+def test_a_sweep_without_a_line_for_an_element_trains_nothing(jobs: Jobs):
+    (jobs.folder / "sweep.txt").write_text("run.name=a\n")
+    array = jobs.submit("touch trained", "--array=2-2", SWEEP="sweep.txt")
+    assert jobs.end(f"{array}_2") == ("FAILED", "2:0")
+    assert "sweep.txt has no line 2" in jobs.log and not (jobs.folder / "trained").exists()
 
 
 def test_one_element_of_an_array_is_started_again_alone(jobs: Jobs):
