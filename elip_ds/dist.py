@@ -21,7 +21,7 @@ import torch.distributed as td
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from elip_ds.errors import UserError
+from elip_ds.errors import NodeError
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def read_ranks() -> Ranks:
     if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        # "2(x3),1" is 2 tasks on each of three nodes, then 1; of this node only the first is known.
-        tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-        env["LOCAL_WORLD_SIZE"] = tasks[0] if tasks else "1"
+        env["LOCAL_WORLD_SIZE"] = _tasks_of_node(
+            env.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(env.get("SLURM_NODEID", 0))
+        )
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank = int(env.get("LOCAL_RANK", 0))
     local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
@@ -54,6 +54,18 @@ def read_ranks() -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
     return Ranks(rank, local_rank, world_size, local_world, device)
+
+
+def _tasks_of_node(per_node: str, node: int) -> str:
+    """per_node: as Slurm writes it; "2(x3),1" is 2 tasks on each of three nodes, then 1."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node)
+    tasks = [number for number, times in found for _ in range(int(times or 1))]
+    return tasks[node] if node < len(tasks) else tasks[0]
+
+
+def node_name() -> str:
+    """Slurm's, where there is one: several of its nodes may be one host."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 _store: Any = None
@@ -83,7 +95,7 @@ def meet(ranks: Ranks, timeout_seconds: float = 1800) -> None:
         )
     except td.DistNetworkError as error:
         why = "is in use by another program" if "EADDRINUSE" in str(error) else "cannot be reached"
-        raise UserError(
+        raise NodeError(
             f"MASTER_PORT={port}: that port of {address} {why}; choose another, as in "
             "deepspeed --master_port 29511"
         ) from None

@@ -1,6 +1,7 @@
 """UserError: what a person can put right. Entries print it as one line and leave as it says."""
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 
@@ -12,6 +13,10 @@ class UserError(ValueError):
     """
 
     status = 2
+
+
+class NodeError(UserError):
+    """May be of one node alone, of which rank 0 has not heard: the first rank there says so."""
 
 
 def leave() -> None:
@@ -26,11 +31,17 @@ def leave() -> None:
 
 
 def exit_with(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Run an entry. A UserError becomes one line on rank 0's stderr and its exit status."""
+    """Run an entry. A UserError becomes one line on rank 0's stderr and its exit status, a NodeError
+    one of each node that it befell.
+    """
     try:
         main(argv)
     except UserError as error:
         # srun's tasks have Slurm's word for it until they have read their ranks.
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        if rank == "0":
             sys.stderr.write(f"error: {error}\n")
+        elif local_rank == "0" and isinstance(error, NodeError):
+            sys.stderr.write(f"error: rank {rank} on {socket.gethostname()}: {error}\n")
         raise SystemExit(error.status) from None

@@ -1,5 +1,7 @@
 """One run: its ranks, seed, folder and stop signal."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -16,7 +18,7 @@ import torch
 
 from elip_ds import dist
 from elip_ds.config import Config, changed_keys, dump_config, read_config
-from elip_ds.errors import UserError
+from elip_ds.errors import NodeError, UserError
 from elip_ds.logs import setup_logging
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,12 @@ CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights.safetensors"
 STATE = "state.safetensors"
+PLAN = "plan.json"
+"What was settled of the batch, and what it rests on."
+LOCK = ".lock"
+LOCK_SECONDS = 30.0
+"For the start before this one to end."
+_held: list[int] = []
 STOP_EVERY = 10
 "Steps between two agreements on stopping; each waits for the device once."
 STOP_FILE = "ELIP_STOP_FILE"
@@ -194,6 +202,38 @@ def open_run(config: Config) -> Run:
     return run
 
 
+def hold_folder(folder: Path) -> None:
+    """Keep other starts out of a run's folder until this process ends.
+
+    They would remove each other's checkpoints and probes. By a lock of a whole file, of which NFS
+    knows on all nodes; where a file system has none, nothing is kept out. A start before this one,
+    as of a job that was requeued, may still be ending. Raises UserError.
+    """
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        return  # the first file that matters will say why
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return
+        else:
+            break
+        if time.monotonic() > end:
+            holder = os.pread(handle, 200, 0).decode(errors="replace")
+            raise UserError(f"run.dir: {folder} is in use by {holder}; choose another run.name")
+        time.sleep(0.2)
+    job = os.environ.get("SLURM_JOB_ID", "")
+    told = f"process {os.getpid()} on {dist.node_name()}" + (f", job {job}" if job else "")
+    with suppress(OSError):  # a full disk
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, told.encode(), 0)
+    _held.append(handle)  # closing it would give the lock away
+
+
 def join_ranks(run: Run, config: Config) -> None:
     """Join the other ranks, seed, keep the config."""
     dist.start(run.ranks, config.engine.timeout_seconds)
@@ -211,18 +251,21 @@ def seed_everything(seed: int) -> None:
 
 
 def _claim_folder(run: Run, config: Config) -> str | None:
+    """Raises NodeError. Returns why the folder is not this run's."""
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run.dir, os.W_OK):
-            return f"run.dir: {run.dir} cannot be written to"
+            raise NodeError(f"run.dir: {run.dir} cannot be written to")
     except OSError as error:
-        return f"run.dir: {run.dir} cannot be made: {error.strerror}"
+        raise NodeError(f"run.dir: {run.dir} cannot be made: {error.strerror}") from None
+    if run.first:
+        hold_folder(run.dir)
     kept = run.dir / CONFIG
     if not kept.exists() or config.run.allow_config_change:
         return None
     changed = changed_keys(read_config(kept), config)
     trained = (run.dir / "metrics.jsonl").exists() or any((run.dir / "ckpt").glob("step-*"))
-    if changed and not trained:  # an earlier start went no further than its faults
+    if changed and not trained and run.first:  # an earlier start went no further than its faults
         (run.dir / TOKENIZER).unlink(missing_ok=True)
     if not changed or not trained:
         return None

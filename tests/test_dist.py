@@ -77,8 +77,10 @@ def test_a_slurm_step_is_read(ranks_from, per_node):
     assert ranks_from(**SLURM, SLURM_STEP_TASKS_PER_NODE=per_node) == (5, 1, 8, 4)
 
 
-def test_a_slurm_step_of_uneven_nodes_is_read(ranks_from):
-    assert ranks_from(**SLURM, SLURM_STEP_TASKS_PER_NODE="4,3") == (5, 1, 8, 4)
+@pytest.mark.parametrize(("node", "tasks"), [(0, 4), (1, 4), (2, 3), (3, 1)])
+def test_a_slurm_step_of_uneven_nodes_is_read(ranks_from, node, tasks):
+    env = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3,1", "SLURM_NODEID": str(node)}
+    assert ranks_from(**env) == (5, 1, 8, tasks)
 
 
 def test_a_launcher_inside_slurm_counts(ranks_from):

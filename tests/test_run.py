@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,15 @@ from conftest import tiny_words
 
 from elip_ds import dist
 from elip_ds.config import dump_config, load_config
-from elip_ds.run import CONFIG, Run, _claim_folder, _watch_signals, seed_everything
+from elip_ds.errors import NodeError, UserError
+from elip_ds.run import (
+    CONFIG,
+    Run,
+    _claim_folder,
+    _watch_signals,
+    hold_folder,
+    seed_everything,
+)
 
 
 def make_run(folder, rank: int = 0) -> Run:
@@ -41,6 +51,28 @@ def keep(run: Run, config, *, trained: bool = True) -> None:
     (run.dir / CONFIG).write_text(dump_config(config))
     if trained:
         (run.dir / "metrics.jsonl").write_text("")
+
+
+HOLDER = """
+import sys, pathlib
+from elip_ds.run import hold_folder
+hold_folder(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_by_one_start_until_its_process_ends(tmp_path, monkeypatch):
+    words = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        monkeypatch.setattr("elip_ds.run.LOCK_SECONDS", 0.1)
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on "):
+            hold_folder(tmp_path)
+        holder.kill()
+    monkeypatch.setattr("elip_ds.run.LOCK_SECONDS", 10)
+    hold_folder(tmp_path)
+    hold_folder(tmp_path)  # its own is no other
 
 
 def test_a_fresh_folder_is_made_with_its_parents(tmp_path):
@@ -81,7 +113,8 @@ def test_of_many_changes_three_are_named_and_the_rest_counted(run):
 
 def test_a_folder_that_cannot_be_made_is_a_problem_and_no_traceback(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot be made" in _claim_folder(make_run(tmp_path / "file" / "run"), config_with())
+    with pytest.raises(NodeError, match="cannot be made"):
+        _claim_folder(make_run(tmp_path / "file" / "run"), config_with())
 
 
 def test_a_run_stops_once_the_ranks_have_agreed(run):

@@ -70,14 +70,17 @@ def publish(partial: Path, final: Path, keep: int) -> None:
 def _remove(checkpoint: Path) -> None:
     dying = checkpoint.with_name(f".old-{checkpoint.name}")
     os.rename(checkpoint, dying)  # first lose the name, so that half a checkpoint is never one
-    shutil.rmtree(dying)
+    shutil.rmtree(dying, ignore_errors=True)  # NFS keeps what another process has open
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what a kill left half-written or half-removed."""
     for pattern in (".step-*", ".old-*", ".latest.partial"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class CarefulFiles(TorchCheckpointEngine):

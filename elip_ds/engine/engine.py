@@ -106,7 +106,8 @@ class Engine:
                 "%s, peak learning rate %.4g (optim.lr=%g), for batch %d",
                 *(self._optim.name, self._optim.lr, config.optim.lr, plan.global_batch_size),
             )
-        if not list_checkpoints(self.folder):
+        self._saved = self._newest_step()
+        if self._saved is None:
             paths = [Path(path) for path in config.model.init_from]
             # Before DeepSpeed shards and rounds them.
             start_from(task, config.model, paths, run.dir / TOKENIZER)
@@ -308,9 +309,14 @@ class Engine:
 
     def resume(self, loader: TrainLoader) -> None:
         """Go on from the run's newest checkpoint, if there is one."""
+        if self._saved is not None:
+            self._load(self.folder / files.checkpoint_name(self._saved), loader)
+
+    def _newest_step(self) -> int | None:
+        """Of the newest checkpoint, as rank 0 sees it: file systems show a name late elsewhere."""
         found = list_checkpoints(self.folder)
-        if found:
-            self._load(found[-1], loader)
+        step = files.read_meta(found[-1])["step"] if found else None
+        return dist.gather_objects(step)[0]
 
     def evaluate(self, held_out: HeldOut) -> dict[str, float]:
         """The task's held-out scores. Every rank calls it."""
@@ -326,7 +332,7 @@ class Engine:
         before stays as it was, and the reason is in the log. Every rank calls it.
         """
         final = self.folder / files.checkpoint_name(self.step)
-        if final in list_checkpoints(self.folder):  # nothing happened since it was written
+        if self.step == self._saved:  # nothing happened since it was written
             return final
         partial = self.folder / f".{final.name}.partial"
         self._files.failure = None
@@ -354,6 +360,7 @@ class Engine:
         if self._failed_anywhere(partial):
             return None
         log.info("saved %s", final)
+        self._saved = self.step
         return final
 
     def _failed_anywhere(self, partial: Path) -> bool:

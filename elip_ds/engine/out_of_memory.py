@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from elip_ds import dist
 from elip_ds.batching import Plan, next_smaller
-from elip_ds.run import Run
+from elip_ds.run import PLAN, Run
 
 OUT_OF_MEMORY_STATUS = 77
 "Exit status of a rank whose memory ran out; oom-RANK.json says where."
@@ -86,6 +87,7 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
     the record in RUN/memory, from which the launcher starts again (launching/supervise.py).
     """
     before = sys.excepthook
+    fingerprints = _fingerprints(run)
 
     def hook(kind: Any, error: BaseException, trace: Any) -> None:
         if not is_out_of_memory(error):
@@ -107,6 +109,7 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
             "min_micro_batch": min_micro_batch,
             "step": run.step,
             "time": time.time(),
+            "fingerprints": fingerprints,
         }
         folder = run.dir / OOM_FOLDER
         folder.mkdir(exist_ok=True)
@@ -115,6 +118,18 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
         leave_out_of_memory(folder, run.rank, error, told=told, **where)
 
     sys.excepthook = hook
+
+
+def _fingerprints(run: Run) -> list[str]:
+    """Of what this node's micro-batches rest on, so that the record counts against no other."""
+    try:
+        nodes = json.loads((run.dir / PLAN).read_text())["nodes"]
+    except (OSError, ValueError, KeyError):
+        return []
+    name, lead = dist.node_name(), run.rank - run.ranks.local_rank
+    answer = nodes.get(f"{name}-{lead}") or nodes.get(name) or {}
+    answers = (answer, *answer.get("later", ()))
+    return [one["fingerprint"] for one in answers if "fingerprint" in one]
 
 
 def _lift_limits() -> None:

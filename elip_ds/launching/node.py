@@ -272,14 +272,9 @@ def _given(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
 
 
 def _below_failures(sizes: list[int], folder: Path, key: str) -> list[int]:
-    """Without those that ran out of memory in this run, under a plan with the same fingerprint."""
-    plan, failed = folder / "plan.json", []
-    if plan.exists():
-        settled = json.loads(plan.read_text())
-        answers = [a for node in settled["nodes"].values() for a in (node, *node.get("later", ()))]
-        if any(answer.get("fingerprint") == key for answer in answers):
-            for path in (folder / OOM_FOLDER).glob("oom-*.json"):
-                failed.append(json.loads(path.read_text())["micro_batch_size"])
+    """Without those that ran out of memory in this run, under a plan with this fingerprint."""
+    records = [json.loads(path.read_text()) for path in (folder / OOM_FOLDER).glob("oom-*.json")]
+    failed = [x["micro_batch_size"] for x in records if key in x.get("fingerprints", ())]
     left = [size for size in sizes if not failed or size <= 0.9 * min(failed)]
     if not left:
         raise DoesNotFit(

@@ -7,7 +7,6 @@ ranks themselves; what is measured is measured in processes that end before trai
 
 import json
 import logging
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +22,11 @@ from elip_ds.engine import json_batch
 from elip_ds.engine.schedule import settle_optim
 from elip_ds.errors import UserError
 from elip_ds.launching.node import Node, answer_for_node, stretches
-from elip_ds.run import CONFIG, Run, list_checkpoints, open_run
+from elip_ds.run import CONFIG, PLAN, Run, hold_folder, list_checkpoints, open_run
 from elip_ds.tasks import min_micro_batch
 
 log = logging.getLogger(__name__)
 
-PLAN = "plan.json"
-"In a run's folder: what was settled, and what it rests on."
 SCHEMA = 1
 ANSWER_SECONDS = 1800.0
 "The longest that a node may take to answer, its probe among it."
@@ -48,7 +45,7 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
         if config.batching.hetero == "common":
             check_ranks(int(asked[0]), asked[1], run.world_size, min_micro_batch(config))
     leads = run.ranks.local_rank == 0
-    dist.leave_note(f"node-{run.rank}", {"name": socket.gethostname(), "leads": leads})
+    dist.leave_note(f"node-{run.rank}", {"name": dist.node_name(), "leads": leads})
     if leads:
         dist.leave_note(f"answer-{run.rank}", _told(_answer, config, tree, run, asked))
     if run.first:
@@ -146,6 +143,7 @@ def probe_here(config: Config, tree: dict[str, Any], local_ranks: int | None) ->
     asked = json_batch(tree, config.batching, ranks)
     folder = Path(config.run.dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
+    hold_folder(folder)
     node = Node(
         config,
         tree,
@@ -157,7 +155,7 @@ def probe_here(config: Config, tree: dict[str, Any], local_ranks: int | None) ->
     )
     answer = answer_for_node(node)
     plan = decide_plan(config, asked, [answer] * ranks)
-    record = _record(config, plan, {socket.gethostname(): answer})
+    record = _record(config, plan, {dist.node_name(): answer})
     (folder / PLAN).write_text(json.dumps(record, indent=1))
     log.info("%s", one_line(record, answer))
     return record

@@ -22,7 +22,7 @@ from elip_ds.batching.cache import Cache, default_folder
 from elip_ds.engine.out_of_memory import OOM_FOLDER, RETRIES
 from elip_ds.launching.endings import LaunchError
 from elip_ds.launching.handover import Command
-from elip_ds.launching.settle import PLAN
+from elip_ds.run import PLAN
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retri
     while True:
         started = time.time()
         status = _run(command_for(micro), len(tried))
-        record = newest_oom(run_dir, started)
+        # A file server's clock may be ahead of this one: a run that ended well is never in doubt.
+        record = newest_oom(run_dir, started) if status else None
         if record is None:
             return status
         micro, all_ranks = record["micro_batch_size"], record["micro_batches"]

@@ -18,6 +18,9 @@ def main(argv: list[str]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(argv[0]):  # it died before the wish was there
         raise SystemExit(1)
+    if "SLURM_STEP_ID" in os.environ:
+        # Slurm has bound the rank that probes to its own cores; these ranks are all of the node's.
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     os.execvp(argv[1], argv[1:])
 
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from elip_ds.config.schema import MetricsConfig
-from elip_ds.errors import UserError
+from elip_ds.errors import NodeError
 
 
 def check_metrics(config: MetricsConfig) -> None:
@@ -16,15 +16,15 @@ def check_metrics(config: MetricsConfig) -> None:
     for name in ("certificate", "key", "password_file"):
         path = getattr(config, name)
         if path is not None and not os.access(path, os.R_OK):
-            raise UserError(f"metrics.{name}={path}: not a file that can be read")
+            raise NodeError(f"metrics.{name}={path}: not a file that can be read")
     for name in ("sd_dir", "textfile_dir"):
         path = getattr(config, name)
         with suppress(OSError):
             Path(path or ".").mkdir(parents=True, exist_ok=True)
         if path is not None and not os.access(path, os.W_OK):
-            raise UserError(f"metrics.{name}={path}: not a folder that can be written to")
+            raise NodeError(f"metrics.{name}={path}: not a folder that can be written to")
     for name in config.also:
         if name != "csv" and find_spec(name) is None:
-            raise UserError(
+            raise NodeError(
                 f"metrics.also={list(config.also)}: pip install {name}, or leave it out"
             )

@@ -6,7 +6,6 @@ import logging
 import os
 import select
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,11 +26,6 @@ START_SECONDS = 20.0
 "The longest that training waits for the endpoint to come up, and at the end for it to go."
 
 
-def node_name() -> str:
-    """Slurm's, where there is one: several of its nodes may be one host."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 class Publisher:
     """Every rank has one, and makes it at the same time. url: of this node's endpoint, on its first
     rank.
@@ -44,12 +38,13 @@ class Publisher:
         self._failed = False
         if run.first:  # of an earlier start
             shutil.rmtree(run.dir / "metrics", ignore_errors=True)
-            (run.dir / "metrics").mkdir()
+            (run.dir / "metrics").mkdir(exist_ok=True)  # NFS keeps what another process has open
         start = dist.gather_objects(time.time_ns())[0]
         self._served = config.port is not None or config.textfile_dir is not None
         if not self._served:
             return
-        digest = hashlib.sha256(f"{run.dir.resolve()} {start} {node_name()}".encode()).hexdigest()
+        mark = f"{run.dir.resolve()} {start} {dist.node_name()}"
+        digest = hashlib.sha256(mark.encode()).hexdigest()
         # Local to the node: a shared file system would not like a file a rank every other second.
         self._folder = Path(tempfile.gettempdir()) / f"elip_metrics_{os.getuid()}_{digest[:16]}"
         self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -84,7 +79,7 @@ class Publisher:
             folder=str(self._folder),
             run_dir=str(run.dir.resolve()),
             run=run.dir.name,
-            node=node_name(),
+            node=dist.node_name(),
             job=os.environ.get("SLURM_JOB_ID", ""),
             start=start,
             first=run.first,

@@ -30,7 +30,7 @@ from elip_ds.engine.out_of_memory import RETRIES
 from elip_ds.metrics.catalog import PHASES
 from elip_ds.metrics.exporter import Exporter
 from elip_ds.metrics.plan_file import read_memory
-from elip_ds.metrics.publishing import Publisher, node_name
+from elip_ds.metrics.publishing import Publisher
 from elip_ds.run import Run
 
 LAZY_SECONDS = 10.0
@@ -54,7 +54,7 @@ class Telemetry:
 
     def __init__(self, config: Config, run: Run, engine: Engine, loader: TrainLoader) -> None:
         self.run, self.engine, self._loader, self._config = run, engine, loader, config
-        self.out = Exporter(run=config.run.name, node=node_name(), rank=run.rank)
+        self.out = Exporter(run=config.run.name, node=dist.node_name(), rank=run.rank)
         self._bad: Counter[tuple[str, str]] = Counter()
         self._operations = 0
         engine.operations = Operations()
@@ -125,7 +125,7 @@ class Telemetry:
         self._phases = {phase: series.labels(phase) for phase in PHASES}
         assert {*STEP_PHASES, "checkpoint"} == {*PHASES}
         out["elip_device_peak_flops"].set(peak_flops)
-        self._memory = read_memory(self.run.dir, node_name())
+        self._memory = read_memory(self.run.dir, dist.node_name())
         out["elip_memory_limit_bytes"].set(self._memory.limit_bytes)
         out["elip_last_step_timestamp_seconds"].set(time.time())
 

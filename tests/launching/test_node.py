@@ -82,10 +82,11 @@ def test_what_ran_out_of_memory_under_this_plan_is_not_tried_again(make, cache, 
     node = make()
     answer = answer_for_node(node, cache)
     (tmp_path / OOM_FOLDER).mkdir()
-    record = {"rank": 1, "micro_batch_size": 32, "time": 0.0}
+    record = {"rank": 1, "micro_batch_size": 32, "time": 0.0, "fingerprints": ["of another plan"]}
     (tmp_path / OOM_FOLDER / "oom-1.json").write_text(json.dumps(record))
-    assert answer_for_node(node, cache)["largest"] == 32  # no plan says that it was this one
-    (tmp_path / "plan.json").write_text(json.dumps({"nodes": {"here": answer}}))
+    assert answer_for_node(node, cache)["largest"] == 32
+    record["fingerprints"] = [answer["fingerprint"]]
+    (tmp_path / OOM_FOLDER / "oom-1.json").write_text(json.dumps(record))
     assert answer_for_node(node, cache)["largest"] == 16
     record["micro_batch_size"] = 2
     (tmp_path / OOM_FOLDER / "oom-1.json").write_text(json.dumps(record))
