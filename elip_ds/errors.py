@@ -31,8 +31,8 @@ def leave() -> None:
 
 
 def exit_with(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Run an entry. A UserError becomes one line on rank 0's stderr and its exit status, a NodeError
-    one of each node that it befell.
+    """Run an entry. A UserError becomes one line on rank 0's stderr and its exit status; a
+    NodeError one of each node that it befell.
     """
     try:
         main(argv)
