@@ -74,8 +74,10 @@ def _remove(paths: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, refusal: str = "") -> Iterator[None]:
-    """Alone with a folder; with a refusal as its error's text instead of waiting."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Alone with what a hidden folder is of; with a refusal as its error's text, not waiting."""
+    # A file's lock reaches other nodes of NFS; a folder's does not.
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
@@ -171,7 +173,7 @@ def _finish(job: Job, listing: Listing, shards: int, new_shards: int) -> Made:
             f"{job.kind}: no sample can be used; the first, {skipped[0]['where']}: "
             f"{skipped[0]['reason']}"
         )
-    with _locked(job.folder):  # other prefixes may be finishing, too
+    with _locked(job.folder / ".index.making"):  # other prefixes may be finishing, too
         index = read_index(job.folder) | entries
         write_whole(job.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
         _write_skipped(job, skipped, {job.shard(i).name for i in range(shards)})
