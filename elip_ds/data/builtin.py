@@ -1,8 +1,8 @@
 """The built-in scenes as shards on disk: written on first use, by one rank of each node."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 from elip_ds.config.schema import BuiltinConfig
@@ -37,7 +37,8 @@ def builtin_shards(config: BuiltinConfig, run: Run) -> dict[str, list[Path]]:
 def write_builtin(config: BuiltinConfig, folder: Path) -> None:
     """Write both splits; the folder appears when all of it is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    partial = folder.parent / f".{folder.name}-{secrets.token_hex(8)}"
+    partial.mkdir()  # which others may read, as tempfile's may not
     for split, count in (("train", config.train), ("val", config.val)):
         write_shards(scenes(split, count, image_size=config.image_size), partial, f"scenes-{split}")
     try:

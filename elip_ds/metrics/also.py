@@ -6,6 +6,7 @@ project elip_ds, where WANDB_MODE=offline keeps it on disk. None of them is need
 
 import csv
 import dataclasses
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -96,7 +97,8 @@ class WandbWriter:
         self._run = wandb.init(
             project="elip_ds",
             name=config.run.name,
-            id=f"{config.run.name}-{config.run.seed}",
+            # Runs of one name in two folders are two.
+            id=f"{config.run.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}",
             resume="allow",
             dir=str(run_dir),
             config=dataclasses.asdict(config),
