@@ -92,10 +92,8 @@ told() { sed -n "$1p" "$ELIP_BEAT_FILE"; }
 # micro-batch. Ends the script.
 train() {
     local status
-    given=
-    if [[ " $* " == *" batching.micro_batch_size="[0-9]* ]]; then given=yes; fi
     # What fits is found before the training step, and remembered for it and for later starts.
-    if [ "$start" = 0 ] && [ -z "$given" ]; then
+    if [ "$start" = 0 ] && [[ " $* " != *" batching.micro_batch_size="[0-9]* ]]; then
         step python -m elip_ds.launch probe --deepspeed "$DEEPSPEED" "$@" || exit
     fi
     : > "$folder/begun"
@@ -136,9 +134,11 @@ again() {
 recover() {
     local run node='' failures others exclude='' short=''
     run=$(told 1)
-    # A rank whose memory ran out says so there, and the next start takes fewer samples at once.
-    if [ -n "$run" ] && [ -z "$given" ]; then
-        short=$(find "$run/memory" -name 'oom-*.json' -newer "$folder/begun" 2> /dev/null)
+    # A rank whose memory ran out says so there, and on which answers of the launcher its batch was
+    # built: then the next start takes fewer samples at once.
+    if [ -n "$run" ]; then
+        short=$(find "$run/memory" -name 'oom-*.json' -newer "$folder/begun" \
+            -exec grep -l '"fingerprints": \["' {} + 2> /dev/null)
     fi
     if [ -z "$run" ] || { [ -z "$short" ] &&
         [ "$(cat "$run/ckpt/latest" 2> /dev/null || echo none)" = "$(told 2)" ]; }; then

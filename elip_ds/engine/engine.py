@@ -314,7 +314,7 @@ class Engine:
 
     def _newest_step(self) -> int | None:
         """Of the newest checkpoint, as rank 0 sees it: file systems show a name late elsewhere."""
-        found = list_checkpoints(self.folder)
+        found = list_checkpoints(self.folder) if self.run.first else []
         step = files.read_meta(found[-1])["step"] if found else None
         return dist.gather_objects(step)[0]
 

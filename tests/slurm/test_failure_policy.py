@@ -1,8 +1,8 @@
 """What slurm/common.sh makes of a step's end, on a real Slurm, with shell scripts for ranks."""
 
+import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -36,13 +36,13 @@ class Jobs:
         (folder / "slurm").symlink_to(ROOT / "slurm")
         (folder / "bin").mkdir()
 
-    def submit(self, rank: str, *options: str, words: Sequence[str] = (), **environ: str) -> str:
+    def submit(self, rank: str, *options: str, **environ: str) -> str:
         """rank: what each rank does, in shell, with `progress` and `tell done` for words."""
         python = self.folder / "bin" / "python"
         python.write_text(RANK + rank)
         python.chmod(0o755)
         path = f"{python.parent}:{os.environ['PATH']}"
-        words = ("--time=5", "--output=job.log", *options, "slurm/pretrain_4m.sh", *words)
+        words = ("--time=5", "--output=job.log", *options, "slurm/pretrain_4m.sh")
         environ = {"PATH": path, "LINGER_SECONDS": "1"} | environ
         return self.cluster.submit(*words, cwd=self.folder, **environ)
 
@@ -130,14 +130,15 @@ def test_where_memory_ran_out_it_starts_again_without_a_checkpoint(jobs: Jobs):
     """A smaller micro-batch may do; not where the user has given one."""
     rank = """
         if [ $start = 1 ]; then tell done; exit; fi
-        mkdir -p run/memory; touch run/memory/oom-$SLURM_PROCID.json; exit 77
+        mkdir -p run/memory; echo "$RECORD" > run/memory/oom-$SLURM_PROCID.json; exit 77
     """
-    job = jobs.submit(rank, EXCLUDE_AFTER="1")
+    found, given = (json.dumps({"rank": 0, "fingerprints": keys}) for keys in (["a"], []))
+    job = jobs.submit(rank, EXCLUDE_AFTER="1", RECORD=found)
     jobs.cluster.start_again(job)
     assert jobs.end(job) == ("COMPLETED", "0:0")
     assert (jobs.folder / "run" / f"failures-{job}").read_text().startswith("memory ")
     assert jobs.cluster.facts(job)["ExcNodeList"] == "(null)"
-    job = jobs.submit(rank, words=["batching.micro_batch_size=8"])
+    job = jobs.submit(rank, RECORD=given)
     assert jobs.end(job) == ("FAILED", "77:0")
 
 
