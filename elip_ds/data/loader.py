@@ -10,7 +10,6 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -238,20 +237,12 @@ def _start_batches(
         # resumed run draws after it.
         generator=torch.Generator(),
     )
-    with _deaf_to_term():
-        return iter(loader)
-
-
-@contextmanager
-def _deaf_to_term() -> Iterator[None]:
-    """Processes that start meanwhile do not hear TERM, in any thread of theirs.
-
-    At Ctrl-C DeepSpeed's launcher sends it to a rank's children, too, and a rank without workers
-    cannot do the steps until it saves.
-    """
+    # Processes that start meanwhile do not hear TERM, in any thread of theirs: at Ctrl-C
+    # DeepSpeed's launcher sends it to a rank's children, too, and a rank without workers cannot do
+    # the steps until it saves.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        yield
+        return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

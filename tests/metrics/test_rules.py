@@ -101,7 +101,7 @@ PROVOKED = {
     },
     "ElipThroughputDrop": {
         series("elip_samples_total"): (
-            f"{steadily(64, 1.5 * HOUR)} {steadily(40, 1.5 * HOUR, start=96 * HOUR)}"
+            f"{steadily(64, HOUR)} {steadily(40, 2 * HOUR, start=64 * HOUR)}"
         )
     },
     "ElipStragglerRank": {phase_of("2", "forward"): steadily(0.5)},
@@ -126,7 +126,7 @@ WHEN = {
     "ElipRanksMissing": "1h4m",
     "ElipLossNotFinite": "1h1m",
     "ElipStepsSkipped": "1h12m",
-    "ElipThroughputDrop": "1h55m",
+    "ElipThroughputDrop": "1h25m",
     "ElipRestartLoop": "1h22m",
     "ElipCheckpointOld": "2h10m",
 }

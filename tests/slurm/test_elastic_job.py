@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from slurm.clusters import Cluster, wait_until
-from slurm.test_pretrain_script import TRAINS_SECONDS, losses_of, submit
+from slurm.clusters import Cluster
+from slurm.test_pretrain_script import TRAINS_SECONDS, losses_of, submit, wait_for_step
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -23,12 +23,7 @@ def train_until(
     asked = (f"--nodes={nodes}", "--ntasks-per-node=1")
     job = submit(cluster, folder, *words, options=asked)
     if step is not None:
-        metrics = folder / "tiny" / "metrics.jsonl"
-        wait_until(
-            lambda: metrics.exists() and f'"step": {step}' in metrics.read_text(),
-            f"step {step}",
-            TRAINS_SECONDS,
-        )
+        wait_for_step(folder / "tiny", step)
         cluster.ask("scancel", "--batch", "--signal=USR2", job)
     ended = ("COMPLETED", "FAILED") if step is None else ("PENDING", "COMPLETED", "FAILED")
     facts = cluster.wait_for(job, *ended, seconds=TRAINS_SECONDS)

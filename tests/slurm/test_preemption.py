@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from end_to_end.jobs import Job
-from slurm.clusters import Cluster, wait_until
-from slurm.test_pretrain_script import TRAINS_SECONDS, losses_of, submit
+from slurm.clusters import Cluster
+from slurm.test_pretrain_script import TRAINS_SECONDS, losses_of, submit, wait_for_step
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -25,10 +25,7 @@ def test_a_preempted_job_saves_makes_room_and_goes_on(
     words += ["batching.micro_batch_size=4", "run.on_finish=nothing"]
     options = ("--partition=low",)
     job = submit(cluster, tmp_path, f"data.builtin.dir={shared_scenes}", *words, options=options)
-    metrics = tmp_path / "tiny" / "metrics.jsonl"
-    wait_until(
-        lambda: metrics.exists() and '"step": 12' in metrics.read_text(), "step 12", TRAINS_SECONDS
-    )
+    wait_for_step(tmp_path / "tiny", 12)
     urgent = cluster.submit(
         "--nodes=2", "--exclusive", "--partition=urgent", "--wrap=sleep 1", cwd=tmp_path
     )

@@ -28,6 +28,16 @@ def submit(
     return cluster.submit(*options, script, *words, cwd=ROOT)
 
 
+def wait_for_step(run: Path, step: int) -> None:
+    """Until a run has done it."""
+    metrics = run / "metrics.jsonl"
+    wait_until(
+        lambda: metrics.exists() and f'"step": {step}' in metrics.read_text(),
+        f"step {step}",
+        TRAINS_SECONDS,
+    )
+
+
 def losses_of(run: Path) -> dict[int, dict[str, float]]:
     """step -> losses. A step that was done twice would be there twice, which fails here."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -74,10 +84,7 @@ def test_ahead_of_the_time_limit_it_saves_and_starts_again_where_it_was(
     words = ["schedule.length=1600 samples", "checkpoint.every=400 samples"]
     job = submit(cluster, tmp_path, f"data.builtin.dir={shared_scenes}", *words)
     log = tmp_path / "job.log"
-    metrics = tmp_path / "tiny" / "metrics.jsonl"
-    wait_until(
-        lambda: metrics.exists() and '"step": 12' in metrics.read_text(), "step 12", TRAINS_SECONDS
-    )
+    wait_for_step(tmp_path / "tiny", 12)
     cluster.ask("scancel", "--batch", "--signal=USR2", job)
     wait_until(lambda: "is there: saving" in log.read_text(), "ranks that save", TRAINS_SECONDS)
     cluster.ask("scancel", "--batch", "--signal=USR2", job)
