@@ -18,10 +18,12 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from elip_ds import dist
 from elip_ds.batching import Plan
@@ -171,20 +173,18 @@ class Watch:
 
 
 class _Stream:
-    """In place of a TrainLoader: the same batches in turn, for ever."""
+    """In place of a TrainLoader."""
 
     samples_per_epoch, bad = SAMPLES_PER_EPOCH, 0
 
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches = batches
-        self._given = 0
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
 
-    def __iter__(self) -> "_Stream":
-        return self
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches
 
     def __next__(self) -> Batch:
-        self._given += 1
-        return self.batches[(self._given - 1) % len(self.batches)]
+        return next(self._batches)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -213,7 +213,7 @@ def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
     # The first step makes the optimizer's states and loads kernels, the second has both: what
     # comes once is there before anything is counted, and before the limit is drawn.
     watch.at("warm-up", micro_batch_size=job.sizes[0])
-    _run_steps(engine, [random_batch(config, vocabulary, smallest)], WARM_UP_STEPS, watch)
+    _run_steps(engine, repeat(random_batch(config, vocabulary, smallest)), WARM_UP_STEPS, watch)
     if job.limit_bytes is not None:
         watch.at("limit")
         watch.memory.limit(job.limit_bytes)
@@ -225,10 +225,7 @@ def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
         longest = random_batch(config, vocabulary, size)
         watch.memory.reset()
         watch.peaks.clear()
-        batches = [longest] * job.accumulation
-        if job.alternate:
-            batches += [_shortest(longest, config, vocabulary)] * job.accumulation
-        stream = _run_steps(engine, batches, job.steps, watch)
+        stream = _run_steps(engine, _batches(job, longest, config, vocabulary), job.steps, watch)
         if job.evaluate and size == job.sizes[-1]:
             watch.at("forward")
             pairs: Any = _Pairs(random_batch(config, vocabulary, config.eval.batch_size))
@@ -248,7 +245,7 @@ def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
     dist.stop()
 
 
-def _run_steps(engine: Engine, batches: list[Batch], steps: int, watch: Watch) -> Any:
+def _run_steps(engine: Engine, batches: Iterator[Batch], steps: int, watch: Watch) -> Any:
     stream: Any = _Stream(batches)
     for step in range(steps):
         watch.at("forward", step=step)
@@ -284,14 +281,43 @@ def _build_engine(
     return Engine(config, job.deepspeed, task, plan, run)
 
 
-def _shortest(batch: Batch, config: Config, vocabulary: Vocabulary) -> Batch:
-    """The same with captions of one word, padded as the configuration says."""
+def _batches(
+    job: TrialJob, longest: Batch, config: Config, vocabulary: Vocabulary
+) -> Iterator[Batch]:
+    """For ever, as job.captions says."""
+    if job.captions == "random":
+        return _random_lengths(longest, config, vocabulary)
+    batches = [longest] * job.accumulation
+    if job.captions == "alternate":
+        ends = torch.full((len(longest),), _shortest_caption(vocabulary))
+        batches += [_cut(longest, ends, config, vocabulary)] * job.accumulation
+    return cycle(batches)
+
+
+def _random_lengths(longest: Batch, config: Config, vocabulary: Vocabulary) -> Iterator[Batch]:
+    """The longest of a batch is drawn first, or it would hardly ever be short, then the others."""
+    generator = torch.Generator().manual_seed(dist.rank())
+    least, most = _shortest_caption(vocabulary), longest.input_ids.shape[1]
+    while True:
+        top = int(torch.randint(least, most + 1, (1,), generator=generator))
+        ends = torch.randint(least, top + 1, (len(longest),), generator=generator)
+        ends[0] = top
+        yield _cut(longest, ends, config, vocabulary)
+
+
+def _shortest_caption(vocabulary: Vocabulary) -> int:
+    """Tokens of one word with what stands around it."""
+    return 2 if vocabulary.end_id is None else 3
+
+
+def _cut(batch: Batch, ends: Tensor, config: Config, vocabulary: Vocabulary) -> Batch:
+    """With captions of so many tokens each, padded as the configuration says. ends: (B,)"""
     ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
-    words = 2 if vocabulary.end_id is None else 3
     if vocabulary.end_id is not None:
-        ids[:, words - 1] = vocabulary.end_id
-    ids[:, words:] = vocabulary.special_ids["[PAD]"]
-    mask[:, words:] = 0
+        ids[torch.arange(len(ends)), ends - 1] = vocabulary.end_id
+    padding = torch.arange(ids.shape[1]) >= ends[:, None]
+    ids[padding] = vocabulary.special_ids["[PAD]"]
+    mask[padding] = 0
     short = dataclasses.replace(batch, input_ids=ids, attention_mask=mask)
     return short.shortened(shortest_length(mask)) if config.data.pad == "longest" else short
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from elip_ds.config import Config, dump_config, read_config
 from elip_ds.engine.out_of_memory import write_whole
@@ -29,8 +29,9 @@ class TrialJob:
 
     sizes: micro-batches, ascending.  steps: optimizer steps at each.  accumulation: micro-batches
     per optimizer step.  limit_bytes: of one rank's memory, see trial.py.  keep_ratios: of the
-    pruning stages; None: those with which the schedule begins.  alternate: every other step has
-    captions as short as there are.  evaluate, save: at the end one held-out batch, one checkpoint.
+    pruning stages; None: those with which the schedule begins.  captions: longest; alternate, every
+    other step as short as there are; random, of any length, drawn anew for every micro-batch.
+    evaluate, save: at the end one held-out batch, one checkpoint.
     """
 
     config: Config
@@ -40,7 +41,7 @@ class TrialJob:
     accumulation: int = 1
     limit_bytes: int | None = None
     keep_ratios: list[float] | None = None
-    alternate: bool = False
+    captions: Literal["longest", "alternate", "random"] = "longest"
     evaluate: bool = False
     save: bool = False
 

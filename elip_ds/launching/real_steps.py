@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from elip_ds.batching.memory import Outcome, Peaks
 from elip_ds.engine.trial_job import TrialJob
@@ -30,6 +30,7 @@ use. It makes peaks repeatable, and steps slower: for measuring only."""
 class RealSteps:
     """job: without sizes.  ranks: on this node.  folder: a subfolder for every start, which stays.
     evaluate, save: what verify() does besides, because the run does so on its way.
+    captions: of verify(), see TrialJob.
 
     started: for the report, every start's folder, sizes, and results as each rank wrote them.
     """
@@ -41,6 +42,7 @@ class RealSteps:
     evaluate: bool = True
     save: bool = True
     verify_steps: int = VERIFY_STEPS
+    captions: Literal["alternate", "random"] = "alternate"
     started: list[dict[str, Any]] = field(default_factory=list)
     _suspected: bool = False
 
@@ -52,7 +54,7 @@ class RealSteps:
         return self._try(replace(self.job, sizes=list(sizes)), "measure")
 
     def verify(self, size: int) -> Outcome:
-        """At one size more steps, of long and short captions in turn, and what else a run does.
+        """At one size more steps, of captions of several lengths, and what else a run does.
 
         On CUDA an allocation that needed a second attempt counts as memory that ran out.
         """
@@ -60,7 +62,7 @@ class RealSteps:
             self.job,
             sizes=[size],
             steps=self.verify_steps,
-            alternate=True,
+            captions=self.captions,
             evaluate=self.evaluate,
             save=self.save,
         )

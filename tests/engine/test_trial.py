@@ -2,6 +2,7 @@
 
 import json
 import resource
+from itertools import islice
 
 import pytest
 import torch
@@ -108,12 +109,38 @@ def test_the_shortest_captions_have_a_word_and_the_padding_of_the_configuration(
     config = load_config(tiny_words(f"data.pad={pad}", f"data.tokenizer={kind}", model=model))
     vocabulary = made_up_vocabulary(config)
     longest = random_batch(config, vocabulary, 3)
-    short = trial._shortest(longest, config, vocabulary)
+    job = TrialJob(config, {}, [3], accumulation=2, captions="alternate")
+    batches = list(islice(trial._batches(job, longest, config, vocabulary), 5))
+    assert [batch is longest for batch in batches] == [True, True, False, False, True]
+    short = batches[2]
     assert short.input_ids.shape == (3, 8 if pad == "longest" else 12)
     assert short.attention_mask.sum(dim=1).tolist() == [3 if model == "clip" else 2] * 3
     assert longest.attention_mask.all()
     if model == "clip":
         assert short.input_ids[0, 2] == vocabulary.end_id
+
+
+@pytest.mark.parametrize("model", ["albef", "clip"])
+@pytest.mark.parametrize("pad", ["fixed", "longest"])
+def test_random_captions_are_of_all_lengths_and_end_as_captions_do(model, pad):
+    kind = {"clip": "clip"}.get(model, "albef")
+    config = load_config(tiny_words(f"data.pad={pad}", f"data.tokenizer={kind}", model=model))
+    vocabulary = made_up_vocabulary(config)
+    longest = random_batch(config, vocabulary, 5)
+    job = TrialJob(config, {}, [5], captions="random")
+    seen, widths = set(), set()
+    for batch in islice(trial._batches(job, longest, config, vocabulary), 200):
+        lengths = batch.attention_mask.sum(dim=1)
+        padding = torch.arange(batch.input_ids.shape[1]) >= lengths[:, None]
+        assert torch.equal(batch.attention_mask == 0, padding)
+        assert (batch.input_ids[padding] == vocabulary.special_ids["[PAD]"]).all()
+        if model == "clip":
+            assert (batch.input_ids[torch.arange(5), lengths - 1] == vocabulary.end_id).all()
+        seen |= set(lengths.tolist())
+        widths.add(batch.input_ids.shape[1])
+    assert seen == set(range(3 if model == "clip" else 2, 13))
+    assert widths == ({8, 12} if pad == "longest" else {12})
+    assert longest.attention_mask.all()
 
 
 def test_a_job_is_read_as_it_was_written(tmp_path):
