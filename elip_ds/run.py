@@ -64,7 +64,8 @@ def find_checkpoint(path: Path) -> Path:
 @dataclass
 class Run:
     """dir: the run's folder.  seed: of the whole run; ranks that must differ add their number.
-    step: the last that agree_to_stop heard of.  save_every_seconds: None: never by the clock.
+    step: the last that agree_to_stop heard of.  keep_ratios: those of the pruning schedule by now,
+    where the micro-batch follows it.  save_every_seconds: None: never by the clock.
     """
 
     ranks: dist.Ranks
@@ -73,6 +74,7 @@ class Run:
     started: float = field(default_factory=time.time)
     stop_asked: bool = False
     step: int = 0
+    keep_ratios: tuple[float, ...] = ()
     save_every_seconds: float | None = None
     _stopping: bool = False
     _saving: bool = False

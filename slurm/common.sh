@@ -140,6 +140,9 @@ recover() {
         short=$(find "$run/memory" -name 'oom-*.json' -newer "$folder/begun" \
             -exec grep -l '"fingerprints": \["' {} + 2> /dev/null)
     fi
+    if grep -q "oom.kill event" "$folder/said"; then
+        say "the kernel ended a rank or a loader's worker: ask for more memory, or lower data.workers"
+    fi
     if [ -z "$run" ] || { [ -z "$short" ] &&
         [ "$(cat "$run/ckpt/latest" 2> /dev/null || echo none)" = "$(told 2)" ]; }; then
         say "failed with status $1, and no checkpoint since the start: not starting again"

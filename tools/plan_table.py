@@ -14,8 +14,8 @@ from elip_ds.batching.plan import MAX_MICRO_BATCH
 from elip_ds.config import load_config
 from elip_ds.engine import read_ds_config
 from elip_ds.errors import exit_with
+from elip_ds.launching.budget import left_free
 from elip_ds.launching.forecast import Forecast
-from elip_ds.launching.node import left_free
 
 DEVICES = ("A5000", "A100-40", "A100-80", "H100", "H200")
 

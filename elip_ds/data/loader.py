@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 CHECK_EVERY = 10
 "Optimizer steps between two looks at the share of bad samples of all ranks."
+PREFETCH = 4
+"Batches that a worker makes ahead."
 MIN_READ = 200
 "Samples read before the share of bad ones may stop a run."
 
@@ -231,7 +233,7 @@ def _start_batches(
         batch_size=None,  # the dataset makes whole batches
         num_workers=workers,
         worker_init_fn=_start_worker,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         pin_memory=run.device.type == "cuda",
         # The loader draws a number at its start. From the global generator that would shift what a
         # resumed run draws after it.

@@ -254,6 +254,7 @@ class Engine:
         """
         if not self.plan.later:
             return
+        self.run.keep_ratios = self._keep_ratios
         plan = self.plan.at(self._keep_ratios)
         if plan == self.plan:
             return

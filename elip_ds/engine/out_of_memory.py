@@ -87,15 +87,15 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
     the record in RUN/memory, from which the launcher starts again (launching/supervise.py).
     """
     before = sys.excepthook
-    fingerprints = _fingerprints(run)
 
     def hook(kind: Any, error: BaseException, trace: Any) -> None:
         if not is_out_of_memory(error):
             before(kind, error, trace)
             return
         _lift_limits()
-        micro = plan.micro_batches[run.rank]
-        smaller = next_smaller(plan, micro, min_micro_batch)
+        now = plan.at(run.keep_ratios) if plan.later else plan
+        micro = now.micro_batches[run.rank]
+        smaller = next_smaller(now, micro, min_micro_batch)
         advice = (
             "no smaller micro-batch makes the same global batch"
             if smaller is None
@@ -104,12 +104,13 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
         )
         where = {
             "micro_batch_size": micro,
-            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-            "micro_batches": plan.micro_batches,
+            "gradient_accumulation_steps": now.gradient_accumulation_steps,
+            "micro_batches": now.micro_batches,
+            "keep_ratios": run.keep_ratios,
             "min_micro_batch": min_micro_batch,
             "step": run.step,
             "time": time.time(),
-            "fingerprints": fingerprints,
+            "fingerprints": _fingerprints(run),
         }
         folder = run.dir / OOM_FOLDER
         folder.mkdir(exist_ok=True)
@@ -121,15 +122,16 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
 
 
 def _fingerprints(run: Run) -> list[str]:
-    """Of what this node's micro-batches rest on, so that the record counts against no other."""
+    """Of what this node's micro-batch rests on now, so that the record counts against no other."""
     try:
         nodes = json.loads((run.dir / PLAN).read_text())["nodes"]
     except (OSError, ValueError, KeyError):
         return []
     name, lead = dist.node_name(), run.rank - run.ranks.local_rank
     answer = nodes.get(f"{name}-{lead}") or nodes.get(name) or {}
-    answers = (answer, *answer.get("later", ()))
-    return [one["fingerprint"] for one in answers if "fingerprint" in one]
+    parts, ratios = (answer, *answer.get("later", ())), list(run.keep_ratios)
+    now = [part for part in parts if part.get("keep_ratios") == ratios] or [answer]
+    return [part["fingerprint"] for part in now if "fingerprint" in part]
 
 
 def _lift_limits() -> None:

@@ -10,7 +10,8 @@ from elip_ds.config import Config
 from elip_ds.launching.forecast import Forecast
 
 if TYPE_CHECKING:
-    from elip_ds.launching.node import Memory, Node
+    from elip_ds.launching.budget import Memory
+    from elip_ds.launching.node import Node
 
 
 def advice(node: "Node", memory: "Memory", micro_batch_size: int) -> str:

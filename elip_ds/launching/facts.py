@@ -46,6 +46,7 @@ def memory_facts(
         "precision": config.engine.precision,
         "compile": config.engine.compile,
         "fused": config.engine.fused,
+        "workers": config.data.workers,  # on a CPU they take of the same memory
         "evaluates": [config.eval.batch_size, config.eval.every, config.run.on_finish],
         "deepspeed": {key: value for key, value in tree.items() if key not in BATCH_KEYS},
         "accumulates": accumulates,

@@ -27,10 +27,13 @@ _FORMAT = "--format=csv,noheader,nounits"
 
 @dataclass(frozen=True)
 class Limit:
-    """bytes: that one rank may take.  name: what sets the limit, and to what."""
+    """bytes: that one rank may take.  name: what sets the limit, and to what.  of_node: a share of
+    the node's, out of which comes what the rank's loader takes, too.
+    """
 
     name: str
     bytes: int
+    of_node: bool = False
 
 
 def host_budget(
@@ -62,7 +65,10 @@ def host_limits(
     node = [*_free(proc), *_cgroup_limits(proc, cgroup), *_slurm_limits(environ)]
     if not node:
         raise DeviceBusy(f"{proc}/meminfo does not say how much memory is free on this node")
-    limits = [Limit(f"{limit.name}, for {ranks} ranks", limit.bytes // ranks) for limit in node]
+    limits = [
+        Limit(f"{limit.name}, for {ranks} ranks", limit.bytes // ranks, of_node=True)
+        for limit in node
+    ]
     for name, number in (("RLIMIT_DATA", resource.RLIMIT_DATA), ("RLIMIT_AS", resource.RLIMIT_AS)):
         soft = resource.getrlimit(number)[0]
         if soft != resource.RLIM_INFINITY:

@@ -13,33 +13,28 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from elip_ds.batching import find_micro_batch, micro_batches
 from elip_ds.batching.cache import Cache, default_folder, fingerprint
-from elip_ds.batching.devices import KAPPA, OUTSIDE_BYTES, find_device
 from elip_ds.batching.search import NothingFits
 from elip_ds.batching.sizes import show_bytes
 from elip_ds.config import Config, PruningConfig
-from elip_ds.config.schema import BatchingConfig
 from elip_ds.engine.out_of_memory import OOM_FOLDER
 from elip_ds.engine.schedule import choose_optimizer
 from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
 from elip_ds.launching.advice import advice
+from elip_ds.launching.budget import Memory, beside_loader, node_memory
 from elip_ds.launching.endings import LaunchError
 from elip_ds.launching.facts import memory_facts
 from elip_ds.launching.forecast import Forecast
-from elip_ds.launching.limits import Limit, cuda_budget, host_budget, read_gpus, visible_gpus
+from elip_ds.launching.limits import host_budget
+from elip_ds.launching.loaders import loader_bytes, within_shared_memory
 from elip_ds.launching.real_steps import RealSteps
 from elip_ds.tasks import min_micro_batch
 from elip_ds.towers.pruning import at_ratios
 
 log = logging.getLogger(__name__)
 
-HEADROOM = 0.06
-"Share of the memory that is left free, where nothing else is said; see left_free."
-HEADROOM_BYTES = {"cpu": 0, "cuda": 2**30}
 PLAN_HEADROOM = 0.15
 "Where the plan alone decides."
 EASY = 0.5
@@ -53,32 +48,6 @@ class DoesNotFit(LaunchError):
     """Not even the smallest micro-batch."""
 
     status = 10
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Of one rank on this node.
-
-    limit: what there is, and what says so.  headroom_bytes: to be left free.
-    outside_bytes: taken by what no plan counts.  kappa: bytes taken for each that a plan counts.
-    """
-
-    name: str
-    limit: Limit
-    headroom_bytes: int
-    outside_bytes: int
-    kappa: float
-
-    @property
-    def budget_bytes(self) -> int:
-        return self.limit.bytes - self.headroom_bytes
-
-    def taken(self, planned_bytes: int) -> int:
-        return int(planned_bytes * self.kappa) + self.outside_bytes
-
-    def planned(self, taken_bytes: float) -> int:
-        """The inverse of taken."""
-        return int((taken_bytes - self.outside_bytes) / self.kappa)
 
 
 @dataclass(frozen=True)
@@ -106,8 +75,8 @@ class Node:
 
 def answer_for_node(node: Node, cache: Cache | None = None) -> dict[str, Any]:
     """What goes to rank 0 and into plan.json: largest, source (given, cache, plan or probe), told
-    (in words), verified, warnings, and the figures behind it; later: the same for each further
-    stretch of the pruning schedule, with its keep_ratios.
+    (in words), verified, warnings, keep_ratios, and the figures behind it; later: the same for each
+    further stretch of the pruning schedule.
 
     Raises UserError and its kinds, each with the status to leave with.
     """
@@ -120,13 +89,12 @@ def answer_for_node(node: Node, cache: Cache | None = None) -> dict[str, Any]:
     memory = node_memory(node.config, node.local_ranks, node.device)
     answer: dict[str, Any] = {"memory": asdict(memory) | {"budget_bytes": memory.budget_bytes}}
     if node.asked[1] != "auto":
-        return answer | _given(node, memory, cache)
-    first, *others = stretches(node.config.pruning)
-    answer |= _largest(_at(node, first), memory, cache)
-    answer["later"] = [
-        {"keep_ratios": list(ratios)} | _largest(_at(node, ratios), memory, cache)
-        for ratios in others
-    ]
+        answer |= _given(node, memory, cache)
+    else:
+        first, *others = stretches(node.config.pruning)
+        answer |= _of_stretch(node, first, memory, cache)
+        answer["later"] = [_of_stretch(node, ratios, memory, cache) for ratios in others]
+    answer["warnings"] = [*answer["warnings"], *_host_warnings(node, answer["largest"])]
     return answer
 
 
@@ -136,9 +104,12 @@ def stretches(pruning: PruningConfig) -> list[tuple[float, ...]]:
     return list(dict.fromkeys([*ratios, *(tuple(c.keep_ratios) for c in pruning.schedule)]))
 
 
-def _at(node: Node, ratios: tuple[float, ...]) -> Node:
+def _of_stretch(
+    node: Node, ratios: tuple[float, ...], memory: Memory, cache: Cache
+) -> dict[str, Any]:
     pruning = at_ratios(node.config.pruning, ratios)
-    return replace(node, config=replace(node.config, pruning=pruning))
+    there = replace(node, config=replace(node.config, pruning=pruning))
+    return {"keep_ratios": list(ratios)} | _largest(there, memory, cache)
 
 
 def _largest(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
@@ -146,6 +117,10 @@ def _largest(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
     sizes = wanted_sizes(node)
     key = fingerprint(_facts(node, memory, sizes))
     sizes = _below_failures(sizes, node.folder, key)
+    held, why = within_shared_memory(node.config, sizes, node.local_ranks)
+    if not held:
+        raise DoesNotFit(f"micro-batch {sizes[0]}: {why}")
+    sizes = sizes[:held]
     known = cache.read(key)
     if known is not None and known["sizes"] == [sizes[0], len(sizes), sizes[-1]]:
         found = known | {"source": "cache", "told": f"as found before: {known['told']}"}
@@ -153,47 +128,9 @@ def _largest(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
         found = _find(node, memory, sizes, cache)
         if found["source"] == "probe":
             cache.write(key, found | {"sizes": [sizes[0], len(sizes), sizes[-1]]})
+    if why and found["largest"] == sizes[-1]:
+        found = found | {"warnings": [*found["warnings"], why]}
     return found | {"fingerprint": key}
-
-
-def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
-    """Raises DeviceBusy when nobody can say how much there is."""
-    batching = config.batching
-    given, known = None, None
-    if batching.device_memory is not None:
-        known = find_device(batching.device_memory)
-        given = known.memory_bytes
-    if device == "cuda":
-        gpus = visible_gpus(read_gpus())
-        limit, name = cuda_budget(local_ranks, gpus, given), gpus[0].name
-        outside, kappa = OUTSIDE_BYTES, KAPPA
-    else:
-        limit, name = host_budget(local_ranks, given_bytes=given), "cpu"
-        # This process has imported what a rank imports, once it has this, which torch's optimizers
-        # import when the first is made, and done nothing else.
-        import torch._dynamo  # noqa: F401
-
-        outside, kappa = psutil.Process().memory_info().rss, 1.0
-    if limit.bytes != given:
-        limit = Limit(limit.name, _steady(limit.bytes))
-    free = left_free(batching, limit.bytes - outside, device)
-    return Memory(name, limit, free, outside, kappa)
-
-
-def left_free(batching: BatchingConfig, usable_bytes: int, device: str) -> int:
-    """Headroom in bytes. usable_bytes: what there is for the model and its steps, since what a
-    process takes before it has either does not grow.
-    """
-    share, least = batching.headroom, batching.headroom_bytes
-    share = HEADROOM if share == "auto" else float(share)
-    least = HEADROOM_BYTES[device] if least == "auto" else int(least)
-    return max(int(share * usable_bytes), least)
-
-
-def _steady(number: int) -> int:
-    """Rounded down, by 1.5 % at most: what is free differs a little from start to start."""
-    step = 1 << max(0, number.bit_length() - 7)
-    return number // step * step
 
 
 def wanted_sizes(node: Node) -> list[int]:
@@ -287,12 +224,15 @@ def _below_failures(sizes: list[int], folder: Path, key: str) -> list[int]:
 def _find(node: Node, memory: Memory, sizes: list[int], cache: Cache) -> dict[str, Any]:
     forecast = _forecast(node, cache, _accumulates(node, sizes))
     mode, most = node.config.batching.probe, sizes[-1]
-    limit = show_bytes(memory.limit.bytes)
     if mode != "always":
+        limit = beside_loader(node.config, memory, most).limit.bytes
         taken = memory.taken(forecast.at(most).highest)
-        if taken <= EASY * memory.limit.bytes:
-            told = f"all of a rank's share; the plan takes {show_bytes(taken)} of {limit}"
-            return _planned(most, taken, told)
+        if taken <= EASY * limit:
+            told = f"all of a rank's share; the plan takes {show_bytes(taken)}"
+            return _planned(most, taken, f"{told} of {show_bytes(limit)}")
+    if memory.limit.of_node:
+        guess = forecast.largest(memory.planned(memory.budget_bytes), sizes)
+        memory = beside_loader(node.config, memory, guess or sizes[0])
     if mode == "never":
         allowed = memory.planned(memory.limit.bytes * (1 - PLAN_HEADROOM))
         best = forecast.largest(allowed, sizes)
@@ -300,9 +240,22 @@ def _find(node: Node, memory: Memory, sizes: list[int], cache: Cache) -> dict[st
             there = memory.taken(allowed)
             raise _does_not_fit(node, memory, forecast, sizes[0], there)
         taken = memory.taken(forecast.at(best).highest)
-        told = f"by the plan alone, {show_bytes(taken)} of {limit}; not verified"
-        return _planned(best, taken, told)
+        told = f"by the plan alone, {show_bytes(taken)} of {show_bytes(memory.limit.bytes)}"
+        return _planned(best, taken, f"{told}; not verified")
     return _probe(node, memory, sizes, forecast, cache)
+
+
+def _host_warnings(node: Node, micro_batch_size: int) -> list[str]:
+    """Beside a GPU nothing else watches what the loaders take of the node's own memory."""
+    taken = loader_bytes(node.config, micro_batch_size).total
+    there = host_budget(node.local_ranks) if node.device == "cuda" else None
+    if there is None or taken <= there.bytes:
+        return []
+    return [
+        f"a rank's loader takes {show_bytes(taken)} of the node's memory at micro-batch "
+        f"{micro_batch_size}, and there are {show_bytes(there.bytes)} ({there.name}): lower "
+        f"data.workers={node.config.data.workers}, or ask for more memory"
+    ]
 
 
 def _planned(largest: int, taken: int, told: str) -> dict[str, Any]:

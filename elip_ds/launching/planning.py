@@ -14,8 +14,9 @@ from elip_ds.data.order import SourceSize
 from elip_ds.engine import json_batch, read_ds_config
 from elip_ds.engine.schedule import settle_optim
 from elip_ds.errors import UserError
+from elip_ds.launching.budget import left_free
 from elip_ds.launching.forecast import Forecast
-from elip_ds.launching.node import left_free
+from elip_ds.launching.loaders import loader_bytes
 from elip_ds.tasks import min_micro_batch
 
 EAGER = "attention=eager"
@@ -67,6 +68,8 @@ def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dic
     plan = _plan(config, tree, largest, ranks, notes)
     shown = forecast.prediction(plan.micro_batch_size if plan else largest)
     record = _record(name, device, forecast, shown, free, largest, ranks)
+    loader = loader_bytes(config, shown.micro_batch_size)
+    record["loader"] = {"a rank's loader": loader.total, "of it in /dev/shm": loader.shared}
     if plan is not None:
         optim = settle_optim(config.optim, plan.global_batch_size)
         record |= {

@@ -155,7 +155,7 @@ def probe_here(config: Config, tree: dict[str, Any], local_ranks: int | None) ->
     )
     answer = answer_for_node(node)
     plan = decide_plan(config, asked, [answer] * ranks)
-    record = _record(config, plan, {dist.node_name(): answer})
+    record = _record(config, plan, {dist.node_name(): answer}, device.type)
     (folder / PLAN).write_text(json.dumps(record, indent=1))
     log.info("%s", one_line(record, answer))
     return record
@@ -191,13 +191,13 @@ def _decide(config: Config, run: Run, asked: tuple[int | str, int | str]) -> dic
             "global batch %d has no divisor near the %d samples that fit; nearest that have: %s",
             *(plan.global_batch_size, smallest["largest"], ", ".join(map(str, better))),
         )
-    decision = _record(config, plan, answers)
+    decision = _record(config, plan, answers, run.device.type)
     run.write_text(run.dir / PLAN, json.dumps(decision, indent=1))
     log.info("%s", one_line(decision, smallest))
     return decision
 
 
-def _record(config: Config, plan: Plan, answers: dict[str, Any]) -> dict[str, Any]:
+def _record(config: Config, plan: Plan, answers: dict[str, Any], device: str) -> dict[str, Any]:
     optim = settle_optim(config.optim, plan.global_batch_size)
     return {
         "schema": SCHEMA,
@@ -209,6 +209,8 @@ def _record(config: Config, plan: Plan, answers: dict[str, Any]) -> dict[str, An
         "optimizer": optim.name,
         "peak_learning_rate": optim.lr,
         "lr_rule": config.optim.lr_rule,
+        "min_micro_batch": min_micro_batch(config),
+        "device": device,
         "unequal": plan.unequal,
         "later": [
             {"keep_ratios": list(ratios), "micro_batch_size": size}

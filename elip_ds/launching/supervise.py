@@ -22,6 +22,7 @@ from elip_ds.batching.cache import Cache, default_folder
 from elip_ds.engine.out_of_memory import OOM_FOLDER, RETRIES
 from elip_ds.launching.endings import LaunchError
 from elip_ds.launching.handover import Command
+from elip_ds.launching.limits import count_oom_kills
 from elip_ds.run import PLAN
 
 log = logging.getLogger(__name__)
@@ -41,26 +42,30 @@ class RetriesUsedUp(LaunchError):
 def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retries: int) -> int:
     """Run training to its end and return its exit status.
 
-    command_for: the command for a micro-batch; None: the one that training settles by itself.
+    command_for: the command for a micro-batch; None: the one that training settles by itself, below
+    what has run out of memory. That is how a run goes on whose micro-batch follows the pruning
+    schedule, so that its other stretches keep theirs.
     What was remembered of a batch that ran out of memory is forgotten, for other runs, too.
     Raises RetriesUsedUp with every micro-batch that was tried.
     """
     micro: int | None = None
     tried: list[str] = []
     while True:
-        started = time.time()
+        started, killed_before = time.time(), count_oom_kills()
         status = _run(command_for(micro), len(tried))
         # A file server's clock may be ahead of this one: a run that ended well is never in doubt.
         record = newest_oom(run_dir, started) if status else None
+        if record is None and status and count_oom_kills() > killed_before:
+            record = _killed(run_dir, started)
         if record is None:
             return status
-        micro, all_ranks = record["micro_batch_size"], record["micro_batches"]
+        failed, all_ranks = record["micro_batch_size"], record["micro_batches"]
         passes = record["gradient_accumulation_steps"]
         plan = Plan(max(all_ranks), passes, len(all_ranks), unequal=tuple(all_ranks))
-        _forget_answers(run_dir)
+        _forget_answers(run_dir, record["keep_ratios"])
         told = _told(record)
-        tried.append(str(micro))
-        smaller = next_smaller(plan, micro, record["min_micro_batch"])
+        tried.append(str(failed))
+        smaller = next_smaller(plan, failed, record["min_micro_batch"])
         if smaller is None:
             raise RetriesUsedUp(f"{told}; the global batch has no smaller divisor")
         if len(tried) > retries:
@@ -70,13 +75,13 @@ def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retri
                 "above " + str(retries)
             )
         log.warning(
-            "%s; going on from the last checkpoint with micro-batch %d -> %d, accumulation %d -> "
+            "%s; going on from the last checkpoint with micro-batch %d -> %s%d, accumulation %d -> "
             "%d, global batch %d as before (try %d of %d)",
-            *(told, micro, smaller.micro_batch_size),
+            *(told, failed, "at most " if record["keep_ratios"] else "", smaller.micro_batch_size),
             *(passes, smaller.gradient_accumulation_steps),
             *(plan.global_batch_size, len(tried) + 1, retries + 1),
         )
-        micro = smaller.micro_batch_size
+        micro = None if record["keep_ratios"] else smaller.micro_batch_size
 
 
 def newest_oom(run_dir: Path, since: float) -> dict[str, Any] | None:
@@ -89,16 +94,45 @@ def newest_oom(run_dir: Path, since: float) -> dict[str, Any] | None:
     return min(records, key=lambda record: record["time"], default=None)
 
 
-def _forget_answers(run_dir: Path) -> None:
-    """Those that the run's plan rests on."""
+def _forget_answers(run_dir: Path, ratios: list[float]) -> None:
+    """Those that the run's plan rests on, in the stretch of the schedule with these keep ratios."""
     plan = run_dir / PLAN
     nodes = json.loads(plan.read_text())["nodes"].values() if plan.exists() else ()
-    for answer in (part for node in nodes for part in (node, *node.get("later", ()))):
-        if "fingerprint" in answer:
-            Cache(default_folder()).forget(answer["fingerprint"])
+    for answer in nodes:
+        parts = (answer, *answer.get("later", ()))
+        for part in [part for part in parts if part.get("keep_ratios") == ratios] or [answer]:
+            if "fingerprint" in part:
+                Cache(default_folder()).forget(part["fingerprint"])
+
+
+def _killed(run_dir: Path, since: float) -> dict[str, Any] | None:
+    """The record that a rank would have left which the kernel ended for want of memory.
+
+    None where that says nothing of the micro-batch: before it was settled; on a GPU, whose memory
+    is not the host's; or where the micro-batch follows a schedule, of which the place is not known.
+    """
+    path = run_dir / PLAN
+    if not path.exists() or path.stat().st_mtime < since:
+        return None
+    plan = json.loads(path.read_text())
+    if plan["device"] != "cpu" or plan["later"]:
+        log.error("the kernel ended a process for want of host memory: see data.workers, or --mem")
+        return None
+    return {
+        "rank": None,
+        "micro_batch_size": plan["micro_batch_size"],
+        "micro_batches": plan["unequal"] or [plan["micro_batch_size"]] * plan["world_size"],
+        "gradient_accumulation_steps": plan["gradient_accumulation_steps"],
+        "min_micro_batch": plan["min_micro_batch"],
+        "keep_ratios": [],
+    }
 
 
 def _told(record: dict[str, Any]) -> str:
+    if record["rank"] is None:
+        return (
+            f"the kernel ended a rank for want of memory, micro-batch {record['micro_batch_size']}"
+        )
     asked = record.get("asked_bytes")
     what = f" asking for {asked / 2**20:.0f} MiB" if asked else ""
     return (

@@ -24,6 +24,10 @@ def show_plans(plans: Sequence[dict[str, Any]]) -> str:
     for name in ("allocator", "outside of torch", "left free"):
         table.add_row(name, *(_size(plan["reserve"][name]) for plan in plans))
     table.add_section()
+    for name in ("a rank's loader", "of it in /dev/shm"):
+        sizes = (_size(plan.get("loader", {}).get(name)) for plan in plans)
+        table.add_row(f"{name} (host)", *sizes)
+    table.add_section()
     for key, told in (
         ("precision", "precision"),
         ("largest", "largest micro-batch"),

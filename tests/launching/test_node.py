@@ -1,7 +1,10 @@
 """A node's answer from the plan, the cache and failures; real steps are in test_real_steps.py."""
 
 import json
+import os
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_words
@@ -10,8 +13,10 @@ from elip_ds.batching.cache import Cache, fingerprint
 from elip_ds.config import load_config
 from elip_ds.engine.out_of_memory import OOM_FOLDER
 from elip_ds.launching import node as module
+from elip_ds.launching.budget import Memory, beside_loader
 from elip_ds.launching.limits import Limit
-from elip_ds.launching.node import DoesNotFit, Memory, Node, answer_for_node, stretches
+from elip_ds.launching.loaders import loader_bytes
+from elip_ds.launching.node import DoesNotFit, Node, answer_for_node, stretches
 
 TREE = {"zero_optimization": {"stage": 2}}
 OUTSIDE = 700 * 2**20
@@ -94,6 +99,45 @@ def test_what_ran_out_of_memory_under_this_plan_is_not_tried_again(make, cache, 
         answer_for_node(node, cache)
 
 
+def test_shared_memory_bounds_the_micro_batch_and_a_warning_says_so(make, cache, monkeypatch):
+    node = make("data.workers=2")
+    per_size = {size: loader_bytes(node.config, size).shared for size in (16, 32)}
+    status = SimpleNamespace(f_frsize=1, f_bavail=2 * per_size[16])
+    monkeypatch.setattr(os, "statvfs", lambda folder: status)
+    answer = answer_for_node(node, cache)
+    assert answer["largest"] == 16
+    assert re.search(r"at micro-batch 32 takes .*data.workers=2", answer["warnings"][0])
+    status.f_bavail = 2 * per_size[32]
+    answer = answer_for_node(node, cache)
+    assert (answer["largest"], answer["warnings"]) == (32, [])
+    status.f_bavail = 1000
+    with pytest.raises(DoesNotFit, match=r"micro-batch 2: .* 0.0 MiB free.*lower data.workers=2"):
+        answer_for_node(node, cache)
+    assert answer_for_node(make("data.workers=0"), cache)["largest"] == 32
+
+
+def test_a_share_of_the_node_is_the_loaders_too(make, cache):
+    node = make("data.workers=3")
+    memory = module.node_memory()
+    taken = loader_bytes(node.config, 32).total
+    assert (
+        beside_loader(node.config, memory, 32) == memory
+    )  # as the user gave it: of the rank alone
+    shared = replace(memory, limit=replace(memory.limit, of_node=True))
+    less = beside_loader(node.config, shared, 32)
+    assert shared.limit.bytes - less.limit.bytes == taken > 3 * 10**7
+    assert less.budget_bytes == shared.budget_bytes - taken and "for its loader" in less.limit.name
+
+
+def test_beside_a_gpu_a_loader_larger_than_the_nodes_memory_is_worth_a_word(make, monkeypatch):
+    node = replace(make("data.workers=3"), device="cuda")
+    taken = loader_bytes(node.config, 32).total
+    for there, warned in ((taken - 1, 1), (taken, 0)):
+        monkeypatch.setattr(module, "host_budget", lambda ranks, there=there: Limit("a", there))
+        assert len(module._host_warnings(node, 32)) == warned
+    assert module._host_warnings(replace(node, device="cpu"), 32) == []
+
+
 @pytest.mark.slow
 def test_every_stretch_of_a_schedule_has_an_answer_and_fewer_tokens_fit_more(make, cache):
     words = [SCHEDULE, "batching.probe=never", "batching.multiple_of=1"]
@@ -153,7 +197,7 @@ def test_a_measured_step_has_the_optimizer_of_the_whole_batch(make, cache, monke
 
     def find(node, *_):
         seen.append(node.config.optim)
-        return {"source": "plan"}
+        return {"source": "plan", "largest": 4, "warnings": []}
 
     monkeypatch.setattr(module, "_find", find)
     for total, name in ((64, "lamb"), (32, "adamw"), ("auto", "lamb")):

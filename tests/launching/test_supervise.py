@@ -16,6 +16,8 @@ from elip_ds.engine.out_of_memory import OOM_FOLDER
 from elip_ds.launching.handover import Command
 from elip_ds.launching.supervise import RetriesUsedUp, newest_oom, supervise
 
+MODULE = sys.modules[supervise.__module__]
+
 # Runs out of memory above a micro-batch that it is given, as a rank of the engine leaves.
 TRAINING = """
 import json, os, sys, time
@@ -27,7 +29,7 @@ if micro > fits:
     for rank in (1, 0):
         record = {"rank": rank, "micro_batch_size": micro, "step": 3, "min_micro_batch": 2,
                   "gradient_accumulation_steps": total // (micro * world),
-                  "micro_batches": [micro] * world,
+                  "micro_batches": [micro] * world, "keep_ratios": [],
                   "asked_bytes": 2**20, "time": time.time()}
         json.dump(record, open(f"{folder}/memory/oom-{rank}.json", "w"))
     sys.exit(77)
@@ -67,15 +69,90 @@ def test_after_memory_ran_out_the_next_smaller_divisor_is_tried(tmp_path):
 def test_the_answer_that_ran_out_of_memory_is_forgotten_and_no_other(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cache = Cache(default_folder())
-    for key in ("first", "later", "other"):
+    for key in ("first", "other"):
         cache.write(key, {"largest": 32})
-    node = {"fingerprint": "first", "later": [{"fingerprint": "later"}]}
+    node = {"fingerprint": "first", "keep_ratios": []}
     (tmp_path / "plan.json").write_text(json.dumps({"nodes": {"a": node, "b": {"largest": 4}}}))
     assert supervise(command_for(tmp_path, fits=32), tmp_path, retries=2) == 0
     assert cache.read("first") == {"largest": 32}
     assert supervise(command_for(tmp_path, fits=16), tmp_path, retries=2) == 0
-    assert (cache.read("first"), cache.read("later")) == (None, None)
-    assert cache.read("other") == {"largest": 32}
+    assert (cache.read("first"), cache.read("other")) == (None, {"largest": 32})
+
+
+# Follows a schedule: the sizes of its stretches are its own to find, below what has run out.
+STRETCHED = """
+import json, os, sys, time
+folder, given = sys.argv[1:]
+open(f"{folder}/tried", "a").write(given + "\\n")
+if not os.path.exists(f"{folder}/memory/oom-0.json"):
+    os.makedirs(f"{folder}/memory", exist_ok=True)
+    record = {"rank": 0, "micro_batch_size": 32, "step": 3, "min_micro_batch": 2,
+              "gradient_accumulation_steps": 1, "micro_batches": [32, 32],
+              "keep_ratios": [0.5, 0.125], "asked_bytes": 1, "time": time.time()}
+    json.dump(record, open(f"{folder}/memory/oom-0.json", "w"))
+    sys.exit(77)
+"""
+
+
+def test_a_stretch_that_ran_out_leaves_the_others_their_answers(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = Cache(default_folder())
+    for key in ("first", "later"):
+        cache.write(key, {"largest": 32})
+    later = {"keep_ratios": [0.5, 0.125], "fingerprint": "later"}
+    node = {"keep_ratios": [0.5, 0.25], "fingerprint": "first", "later": [later]}
+    (tmp_path / "plan.json").write_text(json.dumps({"nodes": {"a": node}}))
+    script = tmp_path / "training.py"
+    script.write_text(STRETCHED)
+
+    def make(micro: int | None) -> Command:
+        return Command((sys.executable, str(script), str(tmp_path), str(micro)))
+
+    assert supervise(make, tmp_path, retries=1) == 0
+    assert (tmp_path / "tried").read_text().split() == ["None", "None"]
+    assert (cache.read("first"), cache.read("later")) == ({"largest": 32}, None)
+    assert "micro-batch 32 -> at most 16" in caplog.text
+
+
+# Ends as the kernel ends it: no record, and one kill more in the cgroup.
+KILLED = """
+import json, os, sys
+folder, micro, device = sys.argv[1:]
+open(f"{folder}/tried", "a").write(micro + "\\n")
+plan = {"micro_batch_size": int(micro), "gradient_accumulation_steps": 64 // int(micro) // 2,
+        "world_size": 2, "unequal": [], "later": [], "min_micro_batch": 2, "device": device,
+        "nodes": {}}
+json.dump(plan, open(f"{folder}/plan.json", "w"))
+if int(micro) > 8:
+    open(f"{folder}/kills", "a").write("x")
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "status", "sizes"), [("cpu", 0, [32, 16, 8]), ("cuda", 137, [32])]
+)
+def test_a_rank_that_the_kernel_ended_ran_out_of_the_memory_of_the_host(
+    tmp_path, monkeypatch, caplog, device, status, sizes
+):
+    script, kills = tmp_path / "training.py", tmp_path / "kills"
+    script.write_text(KILLED)
+    kills.touch()
+    monkeypatch.setattr(MODULE, "count_oom_kills", lambda: kills.stat().st_size)
+
+    def make(micro: int | None) -> Command:
+        return Command((sys.executable, str(script), str(tmp_path), str(micro or 32), device))
+
+    assert supervise(make, tmp_path, retries=2) == status
+    assert tried(tmp_path) == sizes
+    assert ("want of host memory" if device == "cuda" else "the kernel ended a rank") in caplog.text
+
+
+def test_a_kill_before_the_batch_was_settled_says_nothing_of_it(tmp_path, monkeypatch):
+    kills = iter((0, 1))
+    monkeypatch.setattr(MODULE, "count_oom_kills", lambda: next(kills))
+    fails = Command((sys.executable, "-c", "raise SystemExit(3)"))
+    assert supervise(lambda micro: fails, tmp_path, retries=2) == 3
 
 
 def test_it_gives_up_after_the_retries_and_names_what_was_tried(tmp_path):

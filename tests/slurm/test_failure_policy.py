@@ -142,6 +142,15 @@ def test_where_memory_ran_out_it_starts_again_without_a_checkpoint(jobs: Jobs):
     assert jobs.end(job) == ("FAILED", "77:0")
 
 
+def test_what_the_kernel_ended_for_want_of_memory_is_told(jobs: Jobs):
+    """As Slurm says it where the site bounds a job's memory (ConstrainRAMSpace)."""
+    job = jobs.submit(
+        "echo 'slurmstepd: error: Detected 1 oom_kill event in StepId=1.0.' >&2; kill -KILL $$"
+    )
+    assert jobs.end(job)[0] == "FAILED"
+    assert "ask for more memory, or lower data.workers" in jobs.log
+
+
 def test_a_sweep_without_a_line_for_an_element_trains_nothing(jobs: Jobs):
     (jobs.folder / "sweep.txt").write_text("run.name=a\n")
     array = jobs.submit("touch trained", "--array=2-2", SWEEP="sweep.txt")

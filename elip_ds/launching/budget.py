@@ -1,0 +1,92 @@
+"""How much of this machine's memory one rank has for a model and its steps."""
+
+from dataclasses import dataclass, replace
+
+import psutil
+
+from elip_ds.batching.devices import KAPPA, OUTSIDE_BYTES, find_device
+from elip_ds.batching.sizes import show_bytes
+from elip_ds.config import Config
+from elip_ds.config.schema import BatchingConfig
+from elip_ds.launching.limits import Limit, cuda_budget, host_budget, read_gpus, visible_gpus
+from elip_ds.launching.loaders import loader_bytes
+
+HEADROOM = 0.06
+"Share of the memory that is left free, where nothing else is said; see left_free."
+HEADROOM_BYTES = {"cpu": 0, "cuda": 2**30}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank on this node.
+
+    limit: what there is, and what says so.  headroom_bytes: to be left free.
+    outside_bytes: taken by what no plan counts.  kappa: bytes taken for each that a plan counts.
+    """
+
+    name: str
+    limit: Limit
+    headroom_bytes: int
+    outside_bytes: int
+    kappa: float
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.limit.bytes - self.headroom_bytes
+
+    def taken(self, planned_bytes: int) -> int:
+        return int(planned_bytes * self.kappa) + self.outside_bytes
+
+    def planned(self, taken_bytes: float) -> int:
+        """The inverse of taken."""
+        return int((taken_bytes - self.outside_bytes) / self.kappa)
+
+
+def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
+    """Raises DeviceBusy when nobody can say how much there is."""
+    batching = config.batching
+    given, known = None, None
+    if batching.device_memory is not None:
+        known = find_device(batching.device_memory)
+        given = known.memory_bytes
+    if device == "cuda":
+        gpus = visible_gpus(read_gpus())
+        limit, name = cuda_budget(local_ranks, gpus, given), gpus[0].name
+        outside, kappa = OUTSIDE_BYTES, KAPPA
+    else:
+        limit, name = host_budget(local_ranks, given_bytes=given), "cpu"
+        # This process has imported what a rank imports, once it has this, which torch's optimizers
+        # import when the first is made, and done nothing else.
+        import torch._dynamo  # noqa: F401
+
+        outside, kappa = psutil.Process().memory_info().rss, 1.0
+    if limit.bytes != given:
+        limit = replace(limit, bytes=_steady(limit.bytes))
+    free = left_free(batching, limit.bytes - outside, device)
+    return Memory(name, limit, free, outside, kappa)
+
+
+def left_free(batching: BatchingConfig, usable_bytes: int, device: str) -> int:
+    """Headroom in bytes. usable_bytes: what there is for the model and its steps, since what a
+    process takes before it has either does not grow.
+    """
+    share, least = batching.headroom, batching.headroom_bytes
+    share = HEADROOM if share == "auto" else float(share)
+    least = HEADROOM_BYTES[device] if least == "auto" else int(least)
+    return max(int(share * usable_bytes), least)
+
+
+def _steady(number: int) -> int:
+    """Rounded down, by 1.5 % at most: what is free differs a little from start to start."""
+    step = 1 << max(0, number.bit_length() - 7)
+    return number // step * step
+
+
+def beside_loader(config: Config, memory: Memory, micro_batch_size: int) -> Memory:
+    """A rank's, where its share of the node's memory is its loader's, too."""
+    limit = memory.limit
+    taken = loader_bytes(config, micro_batch_size).total
+    if not limit.of_node or not taken:
+        return memory
+    name = f"{limit.name}, less {show_bytes(taken)} for its loader"
+    return replace(memory, limit=replace(limit, name=name, bytes=limit.bytes - taken))
