@@ -18,6 +18,7 @@ from elip_ds.launching import (
     supervise,
     training_command,
 )
+from elip_ds.launching.endings import DoesNotFit
 from elip_ds.logs import setup_logging
 
 USAGE = """\
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> None:
         plans = plan_all(words, options.deepspeed, options.ranks, options.compare)
         _write(options.json, plans)
         sys.stdout.write(show_plans(plans))
+        if plans[0]["largest"] is None:
+            raise SystemExit(DoesNotFit.status)
         return
     setup_logging(0)
     settings = ["--deepspeed", options.deepspeed, *words]

@@ -25,8 +25,10 @@ class Outcome:
     one of them ran out.
 
     reason: then in one line which rank, in which phase, and what was asked for.
+    reached_bytes: then the most that had been in use, where that is known.
     """
 
     micro_batch_size: int
     peaks: Peaks | None
     reason: str = ""
+    reached_bytes: int | None = None

@@ -48,7 +48,7 @@ class Answer:
 
 
 class NothingFits(UserError):
-    """Not even the smallest size.  needed_bytes: what that takes; None: nobody knows."""
+    """Not even the smallest size.  needed_bytes: what that takes at least; None: nobody knows."""
 
     def __init__(self, micro_batch_size: int, budget_bytes: int, needed: int | None, reason: str):
         self.micro_batch_size = micro_batch_size
@@ -213,6 +213,7 @@ class _Tries:
         smallest = self.sizes[0]
         tried = [point for point in self.points if point.micro_batch_size == smallest]
         needed = [point.peaks.highest for point in tried if point.peaks]
+        needed += [point.reached_bytes for point in tried if point.reached_bytes]
         if not needed and self.shape is not None:
             needed = [self.shape(smallest).highest]
         told = max(needed, default=0)

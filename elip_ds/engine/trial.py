@@ -372,8 +372,10 @@ def main(argv: list[str]) -> None:
         memory.unlimit()
         where = watch.where | {"time": time.time()}
         if is_out_of_memory(error):
-            in_use = memory.in_use()
-            leave_out_of_memory(folder, ranks.rank, error, **where, in_use_bytes=in_use)
+            in_use, peak = memory.in_use(), max([memory.peak(), *watch.peaks.values()])
+            leave_out_of_memory(
+                folder, ranks.rank, error, **where, in_use_bytes=in_use, peak_bytes=peak
+            )
         traceback.print_exc()
         last = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         record = where | {"kind": type(error).__name__, "message": str(error), "last_line": last}

@@ -2,27 +2,31 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from elip_ds.batching.sizes import show_bytes
 from elip_ds.config import Config
 from elip_ds.launching.forecast import Forecast
 
-if TYPE_CHECKING:
-    from elip_ds.launching.budget import Memory
-    from elip_ds.launching.node import Node
 
-
-def advice(node: "Node", memory: "Memory", micro_batch_size: int) -> str:
-    """By the plan, each change alone, at this micro-batch; one line."""
+def advice(
+    config: Config,
+    tree: dict[str, Any],
+    micro_batch_size: int,
+    *,
+    world_size: int,
+    device: str,
+    taken: Callable[[int], int],
+) -> str:
+    """By the plan, each change alone, at this micro-batch; one line. taken: bytes of a rank when so
+    many are planned.
+    """
     gains = []
-    for told, config, tree in changes(node.config, node.tree):
-        forecast = Forecast(
-            config, tree, world_size=node.world_size, device=node.device, accumulation=1
-        )
-        gains.append((memory.taken(forecast.at(micro_batch_size).highest), told))
-    parts = [f"{told} ({show_bytes(taken)})" for taken, told in sorted(gains)]
+    for told, changed, other in changes(config, tree):
+        forecast = Forecast(changed, other, world_size=world_size, device=device, accumulation=1)
+        gains.append((taken(forecast.at(micro_batch_size).highest), told))
+    parts = [f"{told} ({show_bytes(needed)})" for needed, told in sorted(gains)]
     return f"what would help most, by the plan: {', '.join(parts)}"
 
 

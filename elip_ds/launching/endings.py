@@ -41,6 +41,12 @@ class RankHung(LaunchError):
     status = 13
 
 
+class DoesNotFit(LaunchError):
+    """Not even the smallest micro-batch."""
+
+    status = 10
+
+
 class DeviceBusy(LaunchError):
     """Others hold the device's memory, or nobody can say how much there is."""
 
@@ -52,11 +58,13 @@ class Ending:
     """how: done, out_of_memory, suspected (of that), failed or refused (by a UserError).
 
     reason: one line that names the rank.  micro_batch_size: where it happened, None before any.
+    reached_bytes: when memory ran out, the most that had been in use.
     """
 
     how: str
     reason: str = ""
     micro_batch_size: int | None = None
+    reached_bytes: int | None = None
 
 
 def read_records(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -78,7 +86,8 @@ def classify(folder: Path, codes: Sequence[int | None], *, kernel_killed: bool) 
     """
     out = sorted(read_records(folder, "oom"), key=lambda record: record["time"])
     if out:
-        return Ending("out_of_memory", _told(out[0]), out[0]["micro_batch_size"])
+        reached = max(record["peak_bytes"] for record in out)
+        return Ending("out_of_memory", _told(out[0]), out[0]["micro_batch_size"], reached)
     for rank, code in enumerate(codes):
         if code == OUT_OF_MEMORY_STATUS or (code == -signal.SIGKILL and kernel_killed):
             beat = read_beat(folder, rank)

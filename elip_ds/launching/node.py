@@ -24,7 +24,7 @@ from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
 from elip_ds.launching.advice import advice
 from elip_ds.launching.budget import Memory, beside_loader, node_memory
-from elip_ds.launching.endings import LaunchError
+from elip_ds.launching.endings import DoesNotFit
 from elip_ds.launching.facts import memory_facts
 from elip_ds.launching.forecast import Forecast
 from elip_ds.launching.limits import host_budget
@@ -42,12 +42,6 @@ EASY = 0.5
 
 THOROUGH, BRISK = 0.01, 0.02
 "Gain in size for which one more group of processes is started: without headroom, and with some."
-
-
-class DoesNotFit(LaunchError):
-    """Not even the smallest micro-batch."""
-
-    status = 10
 
 
 @dataclass(frozen=True)
@@ -346,12 +340,20 @@ def _does_not_fit(
     there_bytes: int,
     error: NothingFits | None = None,
 ) -> UserError:
-    needed = error.needed_bytes if error and error.needed_bytes else None
-    if needed is None:
-        needed = memory.taken(forecast.at(size).highest)
+    planned = memory.taken(forecast.at(size).highest)
+    needed = (error and error.needed_bytes) or planned
+    # What was seen says what the plan leaves out, here and where it says what would help.
+    beyond = max(0, needed - planned)
+    helps = advice(
+        node.config,
+        node.tree,
+        size,
+        world_size=node.world_size,
+        device=node.device,
+        taken=lambda planned: memory.taken(planned) + beyond,
+    )
     told = f" ({error.reason})" if error and error.reason else ""
     return DoesNotFit(
-        f"micro-batch {size} needs {show_bytes(needed)} a rank and there are "
-        f"{show_bytes(there_bytes)}, headroom off ({memory.limit.name}){told}; "
-        f"{advice(node, memory, size)}"
+        f"micro-batch {size} needs at least {show_bytes(needed)} a rank and there are "
+        f"{show_bytes(there_bytes)}, headroom off ({memory.limit.name}){told}; {helps}"
     )

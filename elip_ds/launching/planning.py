@@ -14,6 +14,7 @@ from elip_ds.data.order import SourceSize
 from elip_ds.engine import json_batch, read_ds_config
 from elip_ds.engine.schedule import settle_optim
 from elip_ds.errors import UserError
+from elip_ds.launching.advice import advice
 from elip_ds.launching.budget import left_free
 from elip_ds.launching.forecast import Forecast
 from elip_ds.launching.loaders import loader_bytes
@@ -62,8 +63,13 @@ def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dic
     notes = _notes(device)
     if largest is None:
         smallest = forecast.prediction(1)
-        taken = int(smallest.peaks.highest * device.kappa) + device.outside_bytes
-        notes.insert(0, f"not even one sample fits: with it a rank takes {show_bytes(taken)}")
+
+        def taken(planned: int) -> int:
+            return int(planned * device.kappa) + device.outside_bytes
+
+        helps = advice(config, tree, 1, world_size=ranks, device=kind, taken=taken)
+        needed = show_bytes(taken(smallest.peaks.highest))
+        notes.insert(0, f"not even one sample fits: with it a rank takes {needed}; {helps}")
         return _record(name, device, forecast, smallest, free, None, ranks) | {"notes": notes}
     plan = _plan(config, tree, largest, ranks, notes)
     shown = forecast.prediction(plan.micro_batch_size if plan else largest)

@@ -84,7 +84,7 @@ class RealSteps:
         outcomes = _outcomes(started["results"], self.ranks)
         if ending.how != "done" and all(outcome.peaks for outcome in outcomes):
             tried = ending.micro_batch_size or job.sizes[0]
-            outcomes.append(Outcome(tried, None, ending.reason))
+            outcomes.append(Outcome(tried, None, ending.reason, ending.reached_bytes))
         return outcomes
 
     def _clear(self, suspected: Ending) -> bool:

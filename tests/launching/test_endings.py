@@ -17,7 +17,15 @@ def leave(folder, file: str, rank: int, **record) -> None:
 
 def test_the_first_out_of_memory_is_the_one_that_is_told(tmp_path):
     for rank in (0, 1):
-        leave(tmp_path, "oom", rank, time=-rank, asked_bytes=3 * 2**20, in_use_bytes=2**31)
+        leave(
+            tmp_path,
+            "oom",
+            rank,
+            time=-rank,
+            asked_bytes=3 * 2**20,
+            in_use_bytes=2**31,
+            peak_bytes=2**31 + rank,
+        )
     ending = classify(tmp_path, [77, 77], kernel_killed=False)
     assert ending.reason == (
         "rank 1 asked for 3.0 MiB more in forward at micro-batch 16, step 0, with 2.00 GiB in use"

@@ -40,7 +40,8 @@ until("heartbeat-0.json")
 until("heartbeat-1.json")
 """
 OUT = (
-    "write('oom', micro_batch_size=8, phase='forward', step=1, asked_bytes=2**30, in_use_bytes=0)"
+    "write('oom', micro_batch_size=8, phase='forward', step=1, asked_bytes=2**30, in_use_bytes=0, "
+    "peak_bytes=0)"
     "; os._exit(77)"
 )
 GONE = "peer gone"

@@ -14,9 +14,10 @@ from elip_ds.config import load_config
 from elip_ds.engine.out_of_memory import OOM_FOLDER
 from elip_ds.launching import node as module
 from elip_ds.launching.budget import Memory, beside_loader
+from elip_ds.launching.endings import DoesNotFit
 from elip_ds.launching.limits import Limit
 from elip_ds.launching.loaders import loader_bytes
-from elip_ds.launching.node import DoesNotFit, Node, answer_for_node, stretches
+from elip_ds.launching.node import Node, answer_for_node, stretches
 
 TREE = {"zero_optimization": {"stage": 2}}
 OUTSIDE = 700 * 2**20
