@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         plans = plan_all(words, options.deepspeed, options.ranks, options.compare)
         _write(options.json, plans)
         sys.stdout.write(show_plans(plans))
-        if plans[0]["largest"] is None:
+        if (plans[0]["largest"] or 0) < plans[0]["least"]:
             raise SystemExit(DoesNotFit.status)
         return
     setup_logging(0)
@@ -77,12 +77,13 @@ def main(argv: list[str]) -> None:
             _write(options.json, record)
         return
 
-    def command(micro: int | None) -> Any:
-        more = [] if micro is None else [f"batching.micro_batch_size={micro}"]
+    def command(micro: int | None, total: int | None) -> Any:
+        sizes = {"micro_batch_size": micro, "global_batch_size": total}
+        more = [f"batching.{name}={size}" for name, size in sizes.items() if size is not None]
         return training_command([*settings, *more], options.ranks)
 
     if options.dry_run:
-        sys.stdout.write(f"{command(None)}\n")
+        sys.stdout.write(f"{command(None, None)}\n")
         return
     folder = Path(config.run.dir) / config.run.name
     raise SystemExit(supervise(command, folder, config.batching.oom_retries))

@@ -20,7 +20,7 @@ import torch
 
 from elip_ds import dist
 from elip_ds.batching import Plan, next_smaller
-from elip_ds.run import PLAN, Run
+from elip_ds.run import CONFIG, PLAN, Run
 
 OUT_OF_MEMORY_STATUS = 77
 "Exit status of a rank whose memory ran out; oom-RANK.json says where."
@@ -107,6 +107,7 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
             "gradient_accumulation_steps": now.gradient_accumulation_steps,
             "micro_batches": now.micro_batches,
             "keep_ratios": run.keep_ratios,
+            "follows_schedule": bool(plan.later),
             "min_micro_batch": min_micro_batch,
             "step": run.step,
             "time": time.time(),
@@ -121,6 +122,11 @@ def leave_when_out_of_memory(run: Run, plan: Plan, min_micro_batch: int) -> None
     sys.excepthook = hook
 
 
+def ran_out_of_memory(run_dir: Path) -> bool:
+    """In this run, ever."""
+    return any((run_dir / OOM_FOLDER).glob("oom-*.json")) and (run_dir / CONFIG).is_file()
+
+
 def _fingerprints(run: Run) -> list[str]:
     """Of what this node's micro-batch rests on now, so that the record counts against no other."""
     try:
@@ -131,7 +137,7 @@ def _fingerprints(run: Run) -> list[str]:
     answer = nodes.get(f"{name}-{lead}") or nodes.get(name) or {}
     parts, ratios = (answer, *answer.get("later", ())), list(run.keep_ratios)
     now = [part for part in parts if part.get("keep_ratios") == ratios] or [answer]
-    return [part["fingerprint"] for part in now if "fingerprint" in part]
+    return [part["failure_key"] for part in now if "failure_key" in part]
 
 
 def _lift_limits() -> None:

@@ -6,9 +6,9 @@ is what every rank of a probe runs, in a process group that lives for nothing el
 launching/local_ranks.py). The engine, the task and the steps are those of training; the batches are
 made up, with the longest captions. trial_job.py says what FOLDER holds.
 
-Peaks are bytes of a rank: on CUDA what the allocator handed out, on a CPU resident memory (VmHWM),
-libraries included. That of a phase holds also for the data that come before it, evaluating counts
-as forward and saving as step.
+Peaks are bytes of a rank: on CUDA what the allocator handed out and what lies outside of it, on a
+CPU resident memory (VmHWM), libraries included. That of a phase holds also for the data that come
+before it, evaluating counts as forward and saving as step.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from elip_ds.data import Batch, Vocabulary
 from elip_ds.data.batch import shortest_length
 from elip_ds.data.made_up import made_up_vocabulary, random_batch
 from elip_ds.engine.engine import Engine
+from elip_ds.engine.heap import return_at_once
 from elip_ds.engine.out_of_memory import is_out_of_memory, leave_out_of_memory, write_whole
 from elip_ds.engine.trial_job import ERROR_STATUS, TrialJob, read_job
 from elip_ds.errors import leave
@@ -75,8 +77,9 @@ class HostMemory:
         """Map the pages of libraries around those in use, as the kernel does at a page's first use,
         but for pages that another process is just mapping, too. By that two ranks that start
         together have 13 MiB more or less from start to start, which no size of a batch explains.
+        Where the system does not tell or do it, that difference stays.
         """
-        with Path("/proc/self/pagemap").open("rb") as pagemap:
+        with suppress(OSError), Path("/proc/self/pagemap").open("rb") as pagemap:
             for line in Path("/proc/self/maps").read_text().splitlines():
                 ends, kind, _, _, inode = line.split()[:5]
                 first, last = (int(end, 16) // PAGE for end in ends.split("-"))
@@ -88,7 +91,6 @@ class HostMemory:
                 for window in np.unique(used).tolist():
                     start = max(first, window * AROUND)
                     size = min(last, (window + 1) * AROUND) - start
-                    # An older kernel does not know this: then the difference stays.
                     LIBC.madvise(start * PAGE, size * PAGE, MADV_POPULATE_READ)
 
     def limit(self, limit_bytes: int) -> None:
@@ -106,6 +108,8 @@ class HostMemory:
             raise MemoryError(f"{resident} bytes in use at rest, {limit_bytes} allowed")
         allowed = int((1 + UNTOUCHED) * limit_bytes) + (size_peak - size) + (data - resident)
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        if hard != resource.RLIM_INFINITY:
+            allowed = min(allowed, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
 
     def unlimit(self) -> None:
@@ -128,7 +132,7 @@ class CudaMemory:
     """Of this process, on its device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._reserved = device, 0
+        self._device, self._reserved, self._outside = device, 0, 0
         self._free_at_start, self._total = torch.cuda.mem_get_info(device)
 
     def reset(self) -> None:
@@ -137,21 +141,28 @@ class CudaMemory:
 
     def peak(self) -> int:
         """Most bytes in use since the reset."""
-        return torch.cuda.max_memory_allocated(self._device)
+        return torch.cuda.max_memory_allocated(self._device) + self._outside
 
     def in_use(self) -> int:
-        return torch.cuda.memory_allocated(self._device)
+        return torch.cuda.memory_allocated(self._device) + self._outside
 
     def settle(self) -> None:
-        """What is in use here does not depend on other processes."""
+        """From now on what the device holds outside of the allocator counts: context,
+        communicators, workspaces, and what the driver keeps.
+        """
+        free, total = torch.cuda.mem_get_info(self._device)
+        self._outside = max(0, total - free - torch.cuda.memory_reserved(self._device))
 
     def limit(self, limit_bytes: int) -> None:
-        """Make an allocation fail that would bring what is reserved above so many bytes.
+        """Make an allocation fail that would bring what is reserved, and what is outside of the
+        allocator, above so many bytes.
 
         What the warm-up left in the allocator's cache is given back first.
         """
         torch.cuda.empty_cache()
-        share = min(1.0, limit_bytes / self._total)
+        if limit_bytes <= self._outside:
+            raise MemoryError(f"{self._outside} bytes outside of torch, {limit_bytes} allowed")
+        share = min(1.0, (limit_bytes - self._outside) / self._total)
         torch.cuda.set_per_process_memory_fraction(share, self._device)
 
     def unlimit(self) -> None:
@@ -184,6 +195,7 @@ class Watch:
         self.folder, self.rank, self.memory = folder, rank, memory
         self.peaks: dict[str, int] = {}
         self.where: dict[str, Any] = {"micro_batch_size": None, "phase": "start", "step": 0}
+        self.where["starting"] = True
         self._last = ""
 
     def at(self, phase: str, **where: int | None) -> None:
@@ -249,6 +261,7 @@ def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
     # comes once is there before anything is counted, and before the limit is drawn.
     watch.at("warm-up", micro_batch_size=job.sizes[0])
     _run_steps(engine, repeat(random_batch(config, vocabulary, smallest)), WARM_UP_STEPS, watch)
+    watch.where["starting"] = False
     watch.memory.settle()
     if job.limit_bytes is not None:
         watch.at("limit")
@@ -363,6 +376,8 @@ def main(argv: list[str]) -> None:
     setup_logging(ranks.rank)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
+    else:
+        return_at_once()  # as training does where it takes what is measured here
     memory = CudaMemory(ranks.device) if ranks.device.type == "cuda" else HostMemory()
     watch = Watch(folder, ranks.rank, memory)
     watch.at("start")

@@ -1,7 +1,8 @@
 """What probing ranks are told to do, and what they leave behind: the files of one trial's folder.
 
 job.json, config.yaml   written before they start
-heartbeat-RANK.json     where the rank is: micro_batch_size, phase, step, time, pid
+heartbeat-RANK.json     where the rank is: micro_batch_size, phase, step, time, pid, and whether it
+                        is starting, the first steps among it
 result-RANK.json        the peaks of every micro-batch that went well, and the device
 oom-RANK.json           its memory ran out; it left with status 77
 error-RANK.json         anything else went wrong; it left with status 78

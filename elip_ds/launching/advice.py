@@ -14,19 +14,26 @@ def advice(
     config: Config,
     tree: dict[str, Any],
     micro_batch_size: int,
+    needed: int,
     *,
     world_size: int,
     device: str,
+    accumulation: int = 1,
     taken: Callable[[int], int],
 ) -> str:
-    """By the plan, each change alone, at this micro-batch; one line. taken: bytes of a rank when so
-    many are planned.
+    """By the plan, each change alone, at this micro-batch; one line. needed: bytes of a rank as it
+    is.  taken: when so many are planned.
     """
     gains = []
     for told, changed, other in changes(config, tree):
-        forecast = Forecast(changed, other, world_size=world_size, device=device, accumulation=1)
+        forecast = Forecast(
+            changed, other, world_size=world_size, device=device, accumulation=accumulation
+        )
         gains.append((taken(forecast.at(micro_batch_size).highest), told))
-    parts = [f"{told} ({show_bytes(needed)})" for needed, told in sorted(gains)]
+    gains = [gain for gain in gains if gain[0] < needed]
+    if not gains:
+        return "the plan knows of no setting that would help: a smaller model, or more ranks"
+    parts = [f"{told} ({show_bytes(left)})" for left, told in sorted(gains)]
     return f"what would help most, by the plan: {', '.join(parts)}"
 
 

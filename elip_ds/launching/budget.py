@@ -8,7 +8,7 @@ from elip_ds.batching.devices import KAPPA, OUTSIDE_BYTES, find_device
 from elip_ds.batching.sizes import show_bytes
 from elip_ds.config import Config
 from elip_ds.config.schema import BatchingConfig
-from elip_ds.launching.limits import Limit, cuda_budget, host_budget, read_gpus, visible_gpus
+from elip_ds.launching.limits import Limit, cuda_budget, host_limits, read_gpus, visible_gpus
 from elip_ds.launching.loaders import loader_bytes
 
 HEADROOM = 0.06
@@ -22,6 +22,7 @@ class Memory:
 
     limit: what there is, and what says so.  headroom_bytes: to be left free.
     outside_bytes: taken by what no plan counts.  kappa: bytes taken for each that a plan counts.
+    share: on a CPU of the node's memory, out of which comes what the rank's loader takes, too.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Memory:
     headroom_bytes: int
     outside_bytes: int
     kappa: float
+    share: Limit | None = None
 
     @property
     def budget_bytes(self) -> int:
@@ -45,7 +47,7 @@ class Memory:
 def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
     """Raises DeviceBusy when nobody can say how much there is."""
     batching = config.batching
-    given, known = None, None
+    given, known, share = None, None, None
     if batching.device_memory is not None:
         known = find_device(batching.device_memory)
         given = known.memory_bytes
@@ -54,7 +56,10 @@ def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
         limit, name = cuda_budget(local_ranks, gpus, given), gpus[0].name
         outside, kappa = OUTSIDE_BYTES, KAPPA
     else:
-        limit, name = host_budget(local_ranks, given_bytes=given), "cpu"
+        limits, name = host_limits(local_ranks, given_bytes=given), "cpu"
+        limit = min(limits, key=lambda limit: limit.bytes)
+        share = min((x for x in limits if x.of_node), key=lambda limit: limit.bytes)
+        share = replace(share, bytes=_steady(share.bytes))
         # This process has imported what a rank imports, once it has this, which torch's optimizers
         # import when the first is made, and done nothing else.
         import torch._dynamo  # noqa: F401
@@ -63,7 +68,7 @@ def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
     if limit.bytes != given:
         limit = replace(limit, bytes=_steady(limit.bytes))
     free = left_free(batching, limit.bytes - outside, device)
-    return Memory(name, limit, free, outside, kappa)
+    return Memory(name, limit, free, outside, kappa, share)
 
 
 def left_free(batching: BatchingConfig, usable_bytes: int, device: str) -> int:
@@ -83,10 +88,10 @@ def _steady(number: int) -> int:
 
 
 def beside_loader(config: Config, memory: Memory, micro_batch_size: int) -> Memory:
-    """A rank's, where its share of the node's memory is its loader's, too."""
-    limit = memory.limit
+    """A rank's, with what its loader then takes taken off its share of the node's memory."""
     taken = loader_bytes(config, micro_batch_size).total
-    if not limit.of_node or not taken:
+    if memory.share is None or memory.share.bytes - taken >= memory.limit.bytes:
         return memory
-    name = f"{limit.name}, less {show_bytes(taken)} for its loader"
-    return replace(memory, limit=replace(limit, name=name, bytes=limit.bytes - taken))
+    name = f"{memory.share.name}, less {show_bytes(taken)} for its loader"
+    less = replace(memory.share, name=name, bytes=memory.share.bytes - taken)
+    return replace(memory, limit=less)

@@ -76,7 +76,7 @@ def read_beat(folder: Path, rank: int) -> dict[str, Any]:
     """A rank's last heartbeat; before its first it is starting."""
     path = folder / f"heartbeat-{rank}.json"
     if not path.exists():
-        return {"micro_batch_size": None, "phase": "start", "step": 0}
+        return {"micro_batch_size": None, "phase": "start", "step": 0, "starting": True}
     return json.loads(path.read_text())
 
 

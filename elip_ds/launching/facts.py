@@ -14,8 +14,8 @@ import elip_ds
 from elip_ds.config import Config
 from elip_ds.engine.ds_config import BATCH_KEYS
 
-ROOMS = ("towers", "models", "objectives", "tasks", "engine")
-"Of the package, those whose code runs in a step."
+ROOMS = ("towers", "models", "objectives", "tasks", "engine", "batching", "launching")
+"Of the package, those whose code runs in a step, measures or predicts it."
 ENVIRONMENT = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "MALLOC_MMAP_THRESHOLD_",
                "MALLOC_ARENA_MAX", "OMP_NUM_THREADS")  # fmt: skip
 
@@ -46,8 +46,7 @@ def memory_facts(
         "precision": config.engine.precision,
         "compile": config.engine.compile,
         "fused": config.engine.fused,
-        "workers": config.data.workers,  # on a CPU they take of the same memory
-        "evaluates": [config.eval.batch_size, config.eval.every, config.run.on_finish],
+        "evaluates": [config.eval.batch_size, config.eval.match_candidates, config.eval.prune],
         "deepspeed": {key: value for key, value in tree.items() if key not in BATCH_KEYS},
         "accumulates": accumulates,
         "ranks": [world_size, local_ranks],

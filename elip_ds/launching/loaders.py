@@ -57,6 +57,8 @@ def within_shared_memory(
         status = os.statvfs(folder)
     except OSError:  # no such thing on this system
         return len(sizes), ""
+    if not status.f_blocks:  # without a bound of its own
+        return len(sizes), ""
     free = status.f_bavail * status.f_frsize
     fits = bisect_right(sizes, free // ranks, key=lambda size: loader_bytes(config, size).shared)
     if fits == len(sizes):

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from elip_ds.launching.endings import Ending, RankHung, classify, hung_line
+from elip_ds.launching.endings import Ending, RankHung, classify, hung_line, read_beat
 from elip_ds.launching.limits import count_oom_kills
 
 TETHER = Path(__file__).with_name("tether.py")
 SHARED_MEMORY = Path("/dev/shm")
+STARTING = 4
+"For imports, and what is compiled: DeepSpeed's extensions, a model's blocks."
 SETTLE_SECONDS = 2.0
 "After the first failure, for the others' to come: which was the cause shows only then."
 GRACE_SECONDS = 1.0
@@ -31,12 +33,12 @@ GRACE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Patience:
-    """silent_seconds: the longest without a new heartbeat, a rank's imports and the engine's start
-    among it.  total_seconds: for all of one start.
+    """silent_seconds: the longest without a new heartbeat; until the first steps are done STARTING
+    times as long.  total_seconds: for all of one start.
     """
 
     silent_seconds: float = 120
-    total_seconds: float = 600
+    total_seconds: float = 900
 
 
 def run_ranks(
@@ -123,7 +125,8 @@ def _check_progress(
     heard = {rank: _heard(folder, rank, started) for rank, code in enumerate(codes) if code is None}
     rank = min(heard, key=lambda rank: heard[rank])
     silent = now - heard[rank]
-    if silent > patience.silent_seconds:
+    starting = read_beat(folder, rank).get("starting", False)
+    if silent > patience.silent_seconds * (STARTING if starting else 1):
         raise RankHung(hung_line(folder, rank, silent, len(codes)))
     if now - started > patience.total_seconds:
         line = hung_line(folder, rank, silent, len(codes))

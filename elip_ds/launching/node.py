@@ -7,6 +7,7 @@ leaves no doubt, else real steps.
 import json
 import logging
 import shutil
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf
@@ -88,7 +89,8 @@ def answer_for_node(node: Node, cache: Cache | None = None) -> dict[str, Any]:
         first, *others = stretches(node.config.pruning)
         answer |= _of_stretch(node, first, memory, cache)
         answer["later"] = [_of_stretch(node, ratios, memory, cache) for ratios in others]
-    answer["warnings"] = [*answer["warnings"], *_host_warnings(node, answer["largest"])]
+    most = max(part["largest"] for part in (answer, *answer.get("later", ())))
+    answer["warnings"] = [*answer["warnings"], *_host_warnings(node, most)]
     return answer
 
 
@@ -109,12 +111,11 @@ def _of_stretch(
 def _largest(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
     """Of one stretch, its answer."""
     sizes = wanted_sizes(node)
-    key = fingerprint(_facts(node, memory, sizes))
-    sizes = _below_failures(sizes, node.folder, key)
+    key, failure_key = fingerprint(_facts(node, memory, sizes)), _failure_key(node)
+    sizes = _below_failures(sizes, node.folder, failure_key)
     held, why = within_shared_memory(node.config, sizes, node.local_ranks)
     if not held:
         raise DoesNotFit(f"micro-batch {sizes[0]}: {why}")
-    sizes = sizes[:held]
     known = cache.read(key)
     if known is not None and known["sizes"] == [sizes[0], len(sizes), sizes[-1]]:
         found = known | {"source": "cache", "told": f"as found before: {known['told']}"}
@@ -122,9 +123,9 @@ def _largest(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
         found = _find(node, memory, sizes, cache)
         if found["source"] == "probe":
             cache.write(key, found | {"sizes": [sizes[0], len(sizes), sizes[-1]]})
-    if why and found["largest"] == sizes[-1]:
-        found = found | {"warnings": [*found["warnings"], why]}
-    return found | {"fingerprint": key}
+    if found["largest"] > sizes[held - 1]:  # what is free there now is nothing to remember
+        found = found | {"largest": sizes[held - 1], "warnings": [*found["warnings"], why]}
+    return found | {"fingerprint": key, "failure_key": failure_key}
 
 
 def wanted_sizes(node: Node) -> list[int]:
@@ -156,9 +157,25 @@ def _facts(node: Node, memory: Memory, sizes: Sequence[int]) -> dict[str, Any]:
             "name": memory.name,
             "limit_bytes": memory.limit.bytes,
             "headroom": [node.config.batching.headroom, node.config.batching.headroom_bytes],
+            "workers": node.config.data.workers if memory.share else None,
         },
         accumulates=_accumulates(node, sizes),
     )
+
+
+def _failure_key(node: Node) -> str:
+    """Of what a record of memory that ran out counts against: not of how much is free at a moment,
+    and not of what a start from a checkpoint changes.
+    """
+    facts = memory_facts(
+        node.config,
+        node.tree,
+        world_size=node.world_size,
+        local_ranks=node.local_ranks,
+        device={"given": node.config.batching.device_memory},
+        accumulates=False,
+    )
+    return fingerprint({name: fact for name, fact in facts.items() if name != "optimizer"})
 
 
 def _accumulates(node: Node, sizes: Sequence[int]) -> bool:
@@ -179,23 +196,27 @@ def _forecast(node: Node, cache: Cache, accumulates: bool) -> Forecast:
 
 def _given(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
     """The user's number is obeyed; where the plan says otherwise, a warning has both figures."""
-    micro, warnings = int(node.asked[1]), []
+    micro = int(node.asked[1])
+    held, why = within_shared_memory(node.config, [micro], node.local_ranks)
+    warnings = [] if held else [why]
     told, planned = "as given", {}
+    limit, tight = beside_loader(node.config, memory, micro).limit, False
     if node.config.batching.probe != "never":
         total = node.asked[0]
         accumulates = total != "auto" and int(total) > micro * node.world_size
         peak = memory.taken(_forecast(node, cache, accumulates).at(micro).highest)
-        told = f"as given; the plan takes {show_bytes(peak)} of {show_bytes(memory.limit.bytes)}"
-        planned = {"planned_bytes": peak}
-        if peak > memory.limit.bytes:
+        told = f"as given; the plan takes {show_bytes(peak)} of {show_bytes(limit.bytes)}"
+        planned, tight = {"planned_bytes": peak}, peak > EASY * limit.bytes
+        if peak > limit.bytes:
             warnings.append(
                 f"micro-batch {micro} takes {show_bytes(peak)} by the plan, there are "
-                f"{show_bytes(memory.limit.bytes)} ({memory.limit.name}); it may run out of memory"
+                f"{show_bytes(limit.bytes)} ({limit.name}); it may run out of memory"
             )
     return {
         "largest": micro,
         "source": "given",
         "told": told,
+        "tight": tight,
         "verified": False,
         "warnings": warnings,
         **planned,
@@ -203,7 +224,7 @@ def _given(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:
 
 
 def _below_failures(sizes: list[int], folder: Path, key: str) -> list[int]:
-    """Without those that ran out of memory in this run, under a plan with this fingerprint."""
+    """Without those that ran out of memory in this run, by records that count against this key."""
     records = [json.loads(path.read_text()) for path in (folder / OOM_FOLDER).glob("oom-*.json")]
     failed = [x["micro_batch_size"] for x in records if key in x.get("fingerprints", ())]
     left = [size for size in sizes if not failed or size <= 0.9 * min(failed)]
@@ -223,10 +244,8 @@ def _find(node: Node, memory: Memory, sizes: list[int], cache: Cache) -> dict[st
         taken = memory.taken(forecast.at(most).highest)
         if taken <= EASY * limit:
             told = f"all of a rank's share; the plan takes {show_bytes(taken)}"
-            return _planned(most, taken, f"{told} of {show_bytes(limit)}")
-    if memory.limit.of_node:
-        guess = forecast.largest(memory.planned(memory.budget_bytes), sizes)
-        memory = beside_loader(node.config, memory, guess or sizes[0])
+            return _planned(most, taken, f"{told} of {show_bytes(limit)}", tight=False)
+    memory = _with_loader(node, memory, sizes, forecast)
     if mode == "never":
         allowed = memory.planned(memory.limit.bytes * (1 - PLAN_HEADROOM))
         best = forecast.largest(allowed, sizes)
@@ -235,8 +254,23 @@ def _find(node: Node, memory: Memory, sizes: list[int], cache: Cache) -> dict[st
             raise _does_not_fit(node, memory, forecast, sizes[0], there)
         taken = memory.taken(forecast.at(best).highest)
         told = f"by the plan alone, {show_bytes(taken)} of {show_bytes(memory.limit.bytes)}"
-        return _planned(best, taken, f"{told}; not verified")
+        return _planned(best, taken, f"{told}; not verified", tight=True)
     return _probe(node, memory, sizes, forecast, cache)
+
+
+def _with_loader(node: Node, memory: Memory, sizes: Sequence[int], forecast: Forecast) -> Memory:
+    """At the size at which the step and its loader together take the budget, by the plan."""
+    if memory.share is None:
+        return memory
+    guess = forecast.largest(memory.planned(memory.budget_bytes), sizes) or sizes[0]
+    curve = forecast.curve(guess)
+
+    def over(size: int) -> bool:
+        there = beside_loader(node.config, memory, size)
+        return there.taken(curve(size).highest) > there.budget_bytes
+
+    fits = bisect_left(sizes, True, key=over)
+    return beside_loader(node.config, memory, sizes[max(0, fits - 1)])
 
 
 def _host_warnings(node: Node, micro_batch_size: int) -> list[str]:
@@ -252,8 +286,10 @@ def _host_warnings(node: Node, micro_batch_size: int) -> list[str]:
     ]
 
 
-def _planned(largest: int, taken: int, told: str) -> dict[str, Any]:
+def _planned(largest: int, taken: int, told: str, *, tight: bool) -> dict[str, Any]:
+    """tight: memory is so short that what is freed has to be given back at once."""
     return {
+        "tight": tight,
         "largest": largest,
         "source": "plan",
         "told": told,
@@ -305,6 +341,7 @@ def _probe(
     return {
         "largest": size,
         "source": "probe",
+        "tight": True,
         "told": f"measured{took}" + ("" if answer.verified else "; not verified"),
         "verified": answer.verified is not None,
         "warnings": list(answer.warnings),
@@ -341,16 +378,17 @@ def _does_not_fit(
     error: NothingFits | None = None,
 ) -> UserError:
     planned = memory.taken(forecast.at(size).highest)
-    needed = (error and error.needed_bytes) or planned
+    needed = max(planned, (error and error.needed_bytes) or 0)
     # What was seen says what the plan leaves out, here and where it says what would help.
-    beyond = max(0, needed - planned)
     helps = advice(
         node.config,
         node.tree,
         size,
+        needed,
         world_size=node.world_size,
         device=node.device,
-        taken=lambda planned: memory.taken(planned) + beyond,
+        accumulation=forecast.accumulation,
+        taken=lambda other: memory.taken(other) + needed - planned,
     )
     told = f" ({error.reason})" if error and error.reason else ""
     return DoesNotFit(

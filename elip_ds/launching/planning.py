@@ -61,16 +61,19 @@ def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dic
     asked = _asked_first(config, tree, ranks)
     largest = forecast.largest(budget, range(1, MAX_MICRO_BATCH + 1), asked)
     notes = _notes(device)
+    least = min_micro_batch(config)
     if largest is None:
         smallest = forecast.prediction(1)
 
         def taken(planned: int) -> int:
             return int(planned * device.kappa) + device.outside_bytes
 
-        helps = advice(config, tree, 1, world_size=ranks, device=kind, taken=taken)
-        needed = show_bytes(taken(smallest.peaks.highest))
-        notes.insert(0, f"not even one sample fits: with it a rank takes {needed}; {helps}")
-        return _record(name, device, forecast, smallest, free, None, ranks) | {"notes": notes}
+        needed = taken(smallest.peaks.highest)
+        helps = advice(config, tree, 1, needed, world_size=ranks, device=kind, taken=taken)
+        told = f"not even one sample fits: with it a rank takes {show_bytes(needed)}"
+        notes.insert(0, f"{told}; {helps}")
+        record = _record(name, device, forecast, smallest, free, None, ranks)
+        return record | {"notes": notes, "least": least}
     plan = _plan(config, tree, largest, ranks, notes)
     shown = forecast.prediction(plan.micro_batch_size if plan else largest)
     record = _record(name, device, forecast, shown, free, largest, ranks)
@@ -87,7 +90,7 @@ def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dic
             "optimizer": optim.name,
             **_durations(config, plan.global_batch_size),
         }
-    return record | {"notes": notes}
+    return record | {"notes": notes, "least": least}
 
 
 def _asked_first(config: Config, tree: dict[str, Any], ranks: int) -> int:

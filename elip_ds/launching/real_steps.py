@@ -4,7 +4,6 @@ measure() and verify() each start a fresh group of ranks, as retrying in a proce
 of memory fails more often than not. Memory that runs out is an answer, anything else an exception.
 """
 
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,9 +20,6 @@ from elip_ds.tasks import min_micro_batch
 
 VERIFY_STEPS = 6
 COMMAND = (sys.executable, "-m", "elip_ds.engine.trial")
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-"""On a CPU freed blocks then go back to the system at once, so that resident memory says what is in
-use. It makes peaks repeatable, and steps slower: for measuring only."""
 
 
 @dataclass
@@ -100,7 +96,6 @@ class RealSteps:
                 ranks=self.ranks,
                 folder=folder,
                 patience=self.patience,
-                environ=os.environ | ENVIRONMENT,
             )
         finally:
             shutil.rmtree(folder / "run", ignore_errors=True)  # a checkpoint of the whole model

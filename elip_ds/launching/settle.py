@@ -19,8 +19,11 @@ from elip_ds.batching import Plan, choose_micro_batch, plan_batch, share_out
 from elip_ds.batching.plan import better_batches
 from elip_ds.config import Config, read_config
 from elip_ds.engine import json_batch
+from elip_ds.engine.heap import return_at_once
+from elip_ds.engine.out_of_memory import ran_out_of_memory
 from elip_ds.engine.schedule import settle_optim
 from elip_ds.errors import UserError
+from elip_ds.launching.limits import count_oom_kills
 from elip_ds.launching.node import Node, answer_for_node, stretches
 from elip_ds.run import CONFIG, PLAN, Run, hold_folder, list_checkpoints, open_run
 from elip_ds.tasks import min_micro_batch
@@ -38,12 +41,12 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
     tree: the DeepSpeed JSON, as read_ds_config gave it.  Raises UserError, the same on all ranks.
     """
     asked = json_batch(tree, config.batching, run.world_size)
-    if list_checkpoints(run.dir / "ckpt"):
-        if asked[0] == "auto":
-            # The run goes on with the batch that it has, whatever this machine could hold.
-            asked = read_config(run.dir / CONFIG).batching.global_batch_size, asked[1]
-        if config.batching.hetero == "common":
-            check_ranks(int(asked[0]), asked[1], run.world_size, min_micro_batch(config))
+    resumes = bool(list_checkpoints(run.dir / "ckpt"))
+    if asked[0] == "auto" and (resumes or ran_out_of_memory(run.dir)):
+        # The run goes on with the batch that it has, whatever this machine could hold.
+        asked = read_config(run.dir / CONFIG).batching.global_batch_size, asked[1]
+    if resumes and config.batching.hetero == "common":
+        check_ranks(int(asked[0]), asked[1], run.world_size, min_micro_batch(config))
     leads = run.ranks.local_rank == 0
     dist.leave_note(f"node-{run.rank}", {"name": dist.node_name(), "leads": leads})
     if leads:
@@ -55,6 +58,8 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
     except TimeoutError as error:
         raise UserError(f"the batch was not settled: {error}") from None
     _raise_if_refused(decision)
+    if decision["tight"] and run.device.type == "cpu":
+        return_at_once()
     plan = Plan(
         decision["micro_batch_size"],
         decision["gradient_accumulation_steps"],
@@ -157,8 +162,16 @@ def probe_here(config: Config, tree: dict[str, Any], local_ranks: int | None) ->
     plan = decide_plan(config, asked, [answer] * ranks)
     record = _record(config, plan, {dist.node_name(): answer}, device.type)
     (folder / PLAN).write_text(json.dumps(record, indent=1))
+    _warn(dist.node_name(), answer)
     log.info("%s", one_line(record, answer))
     return record
+
+
+def _warn(name: str, answer: dict[str, Any]) -> None:
+    """What a node's answer has to say besides, in all stretches of the schedule."""
+    for part in (answer, *answer.get("later", ())):
+        for warning in part["warnings"]:
+            log.warning("%s: %s", name, warning)
 
 
 def probe_as_rank(config: Config, tree: dict[str, Any]) -> dict[str, Any] | None:
@@ -183,8 +196,7 @@ def _decide(config: Config, run: Run, asked: tuple[int | str, int | str]) -> dic
                 "micro-batch %d: another node limits it; %s could hold %d",
                 *(plan.micro_batch_size, name, answer["largest"]),
             )
-        for warning in answer["warnings"]:
-            log.warning("%s: %s", name, warning)
+        _warn(name, answer)
     better = better_batches(plan, smallest["largest"], min_micro_batch(config))
     if better and "auto" in asked and not plan.unequal:
         log.warning(
@@ -211,6 +223,12 @@ def _record(config: Config, plan: Plan, answers: dict[str, Any], device: str) ->
         "lr_rule": config.optim.lr_rule,
         "min_micro_batch": min_micro_batch(config),
         "device": device,
+        "oom_kills": count_oom_kills(),
+        "tight": any(
+            part["tight"]
+            for answer in answers.values()
+            for part in (answer, *answer.get("later", ()))
+        ),
         "unequal": plan.unequal,
         "later": [
             {"keep_ratios": list(ratios), "micro_batch_size": size}

@@ -19,7 +19,7 @@ import psutil
 
 from elip_ds.batching import Plan, next_smaller
 from elip_ds.batching.cache import Cache, default_folder
-from elip_ds.engine.out_of_memory import OOM_FOLDER, RETRIES
+from elip_ds.engine.out_of_memory import OOM_FOLDER, RETRIES, write_whole
 from elip_ds.launching.endings import LaunchError
 from elip_ds.launching.handover import Command
 from elip_ds.launching.limits import count_oom_kills
@@ -28,6 +28,9 @@ from elip_ds.run import PLAN
 log = logging.getLogger(__name__)
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+REFUSED = 2
+"Exit status of a start that was refused: it would be again."
 
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 "Variables that make a process a rank; a launcher that has inherited them is none."
@@ -39,29 +42,33 @@ class RetriesUsedUp(LaunchError):
     status = 20
 
 
-def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retries: int) -> int:
+def supervise(
+    command_for: Callable[[int | None, int | None], Command], run_dir: Path, retries: int
+) -> int:
     """Run training to its end and return its exit status.
 
-    command_for: the command for a micro-batch; None: the one that training settles by itself, below
-    what has run out of memory. That is how a run goes on whose micro-batch follows the pruning
-    schedule, so that its other stretches keep theirs.
+    command_for: the command for a micro-batch and a global batch; None: what training settles by
+    itself, which is a micro-batch below what has run out of memory. That is how a run goes on whose
+    micro-batch follows the pruning schedule, so that its other stretches keep theirs.
     What was remembered of a batch that ran out of memory is forgotten, for other runs, too.
     Raises RetriesUsedUp with every micro-batch that was tried.
     """
     micro: int | None = None
+    total: int | None = None
     tried: list[str] = []
     while True:
-        started, killed_before = time.time(), count_oom_kills()
-        status = _run(command_for(micro), len(tried))
+        started = time.time()
+        status = _run(command_for(micro, total), len(tried))
         # A file server's clock may be ahead of this one: a run that ended well is never in doubt.
         record = newest_oom(run_dir, started) if status else None
-        if record is None and status and count_oom_kills() > killed_before:
+        if record is None and status not in (0, REFUSED):
             record = _killed(run_dir, started)
         if record is None:
             return status
         failed, all_ranks = record["micro_batch_size"], record["micro_batches"]
         passes = record["gradient_accumulation_steps"]
         plan = Plan(max(all_ranks), passes, len(all_ranks), unequal=tuple(all_ranks))
+        total = plan.global_batch_size
         _forget_answers(run_dir, record["keep_ratios"])
         told = _told(record)
         tried.append(str(failed))
@@ -77,11 +84,11 @@ def supervise(command_for: Callable[[int | None], Command], run_dir: Path, retri
         log.warning(
             "%s; going on from the last checkpoint with micro-batch %d -> %s%d, accumulation %d -> "
             "%d, global batch %d as before (try %d of %d)",
-            *(told, failed, "at most " if record["keep_ratios"] else "", smaller.micro_batch_size),
-            *(passes, smaller.gradient_accumulation_steps),
+            *(told, failed, "at most " if record["follows_schedule"] else ""),
+            *(smaller.micro_batch_size, passes, smaller.gradient_accumulation_steps),
             *(plan.global_batch_size, len(tried) + 1, retries + 1),
         )
-        micro = None if record["keep_ratios"] else smaller.micro_batch_size
+        micro = None if record["follows_schedule"] else smaller.micro_batch_size
 
 
 def newest_oom(run_dir: Path, since: float) -> dict[str, Any] | None:
@@ -106,26 +113,36 @@ def _forget_answers(run_dir: Path, ratios: list[float]) -> None:
 
 
 def _killed(run_dir: Path, since: float) -> dict[str, Any] | None:
-    """The record that a rank would have left which the kernel ended for want of memory.
+    """The record of a rank that the kernel ended for want of memory, which could leave none.
 
-    None where that says nothing of the micro-batch: before it was settled; on a GPU, whose memory
-    is not the host's; or where the micro-batch follows a schedule, of which the place is not known.
+    None where nobody was ended since the batch was settled, or where that says nothing of it: on a
+    GPU, whose memory is not the host's, or where the micro-batch follows a schedule, of which the
+    place is not known.
     """
     path = run_dir / PLAN
     if not path.exists() or path.stat().st_mtime < since:
         return None
     plan = json.loads(path.read_text())
+    if count_oom_kills() <= plan["oom_kills"]:
+        return None
     if plan["device"] != "cpu" or plan["later"]:
         log.error("the kernel ended a process for want of host memory: see data.workers, or --mem")
         return None
-    return {
+    answers = plan["nodes"].values()
+    record = {
         "rank": None,
         "micro_batch_size": plan["micro_batch_size"],
         "micro_batches": plan["unequal"] or [plan["micro_batch_size"]] * plan["world_size"],
         "gradient_accumulation_steps": plan["gradient_accumulation_steps"],
         "min_micro_batch": plan["min_micro_batch"],
         "keep_ratios": [],
+        "follows_schedule": False,
+        "fingerprints": [part["failure_key"] for part in answers if "failure_key" in part],
+        "time": time.time(),
     }
+    (run_dir / OOM_FOLDER).mkdir(exist_ok=True)
+    write_whole(run_dir / OOM_FOLDER / "oom-host.json", record)
+    return record
 
 
 def _told(record: dict[str, Any]) -> str:

@@ -95,8 +95,8 @@ raise MemoryError
     [((), 8, 4, "first"), ((0.5, 0.25), 8, 4, "first"), ((0.5, 0.125), 16, 2, "later")],
 )
 def test_the_record_is_of_the_stretch_that_ran_out(tmp_path, ratios, micro, passes, fingerprint):
-    later = {"keep_ratios": [0.5, 0.125], "fingerprint": "later"}
-    node = {"keep_ratios": [0.5, 0.25], "fingerprint": "first", "later": [later]}
+    later = {"keep_ratios": [0.5, 0.125], "failure_key": "later"}
+    node = {"keep_ratios": [0.5, 0.25], "failure_key": "first", "later": [later]}
     (tmp_path / PLAN).write_text(json.dumps({"nodes": {node_name(): node}}))
     rank = subprocess.run(
         [sys.executable, "-c", RANK, str(tmp_path), *map(str, ratios)],
@@ -109,6 +109,7 @@ def test_the_record_is_of_the_stretch_that_ran_out(tmp_path, ratios, micro, pass
     assert (record["micro_batch_size"], record["gradient_accumulation_steps"]) == (micro, passes)
     assert record["micro_batches"] == [micro] and record["keep_ratios"] == list(ratios)
     assert record["fingerprints"] == [fingerprint] and record["step"] == 7
+    assert record["follows_schedule"]
     assert f"micro-batch {micro}; start again with batching.micro_batch_size={micro // 2}" in (
         rank.stderr
     )

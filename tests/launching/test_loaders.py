@@ -40,7 +40,7 @@ def test_without_workers_nothing_waits():
 )
 def test_as_many_sizes_as_the_shared_memory_holds(free, ranks, workers, sizes):
     config = config_with(workers)
-    status = SimpleNamespace(f_bavail=free, f_frsize=1)
+    status = SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "statvfs", lambda folder: status)
         fits, why = within_shared_memory(config, sizes, ranks)
@@ -51,3 +51,7 @@ def test_as_many_sizes_as_the_shared_memory_holds(free, ranks, workers, sizes):
 
 def test_a_system_without_shared_memory_bounds_nothing(tmp_path):
     assert within_shared_memory(config_with(2), [1, 2], 2, tmp_path / "none") == (2, "")
+    status = SimpleNamespace(f_bavail=0, f_frsize=1, f_blocks=0)  # mounted with size=0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda folder: status)
+        assert within_shared_memory(config_with(2), [1, 2], 2) == (2, "")

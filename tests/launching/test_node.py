@@ -48,7 +48,8 @@ def cache(tmp_path):
 def test_a_share_that_takes_little_is_not_measured(make, cache):
     answer = answer_for_node(make(), cache)
     assert (answer["largest"], answer["source"]) == (32, "plan")
-    assert OUTSIDE < answer["planned_bytes"] < (OUTSIDE + 2**30) / 2 or answer["warnings"] == []
+    assert OUTSIDE < answer["planned_bytes"] < (OUTSIDE + 2**30) / 2
+    assert (answer["warnings"], answer["tight"]) == ([], False)
     assert "all of a rank's share" in answer["told"]
 
 
@@ -91,7 +92,7 @@ def test_what_ran_out_of_memory_under_this_plan_is_not_tried_again(make, cache, 
     record = {"rank": 1, "micro_batch_size": 32, "time": 0.0, "fingerprints": ["of another plan"]}
     (tmp_path / OOM_FOLDER / "oom-1.json").write_text(json.dumps(record))
     assert answer_for_node(node, cache)["largest"] == 32
-    record["fingerprints"] = [answer["fingerprint"]]
+    record["fingerprints"] = [answer["failure_key"]]
     (tmp_path / OOM_FOLDER / "oom-1.json").write_text(json.dumps(record))
     assert answer_for_node(node, cache)["largest"] == 16
     record["micro_batch_size"] = 2
@@ -103,7 +104,7 @@ def test_what_ran_out_of_memory_under_this_plan_is_not_tried_again(make, cache, 
 def test_shared_memory_bounds_the_micro_batch_and_a_warning_says_so(make, cache, monkeypatch):
     node = make("data.workers=2")
     per_size = {size: loader_bytes(node.config, size).shared for size in (16, 32)}
-    status = SimpleNamespace(f_frsize=1, f_bavail=2 * per_size[16])
+    status = SimpleNamespace(f_frsize=1, f_blocks=1, f_bavail=2 * per_size[16])
     monkeypatch.setattr(os, "statvfs", lambda folder: status)
     answer = answer_for_node(node, cache)
     assert answer["largest"] == 16
@@ -124,10 +125,15 @@ def test_a_share_of_the_node_is_the_loaders_too(make, cache):
     assert (
         beside_loader(node.config, memory, 32) == memory
     )  # as the user gave it: of the rank alone
-    shared = replace(memory, limit=replace(memory.limit, of_node=True))
+    shared = replace(memory, share=memory.limit)
     less = beside_loader(node.config, shared, 32)
     assert shared.limit.bytes - less.limit.bytes == taken > 3 * 10**7
     assert less.budget_bytes == shared.budget_bytes - taken and "for its loader" in less.limit.name
+    # Where the user gives less than that leaves, it is the user's word that counts, and else not.
+    for given, left in ((-taken - 1, -taken - 1), (-taken + 1, -taken)):
+        tight = replace(shared, limit=Limit("given", memory.limit.bytes + given))
+        there = beside_loader(node.config, tight, 32)
+        assert there.limit.bytes == memory.limit.bytes + left
 
 
 def test_beside_a_gpu_a_loader_larger_than_the_nodes_memory_is_worth_a_word(make, monkeypatch):

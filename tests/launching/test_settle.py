@@ -90,6 +90,20 @@ def test_one_rank_settles_alone_and_writes_what_it_rests_on(tmp_path, monkeypatc
     assert answer["source"] == "plan" and answer["planned_bytes"] > 0
 
 
+@pytest.mark.parametrize(("memory", "returned"), [("cpu:64GiB", 0), ("cpu:1GiB", 1)])
+def test_where_memory_is_short_what_is_freed_goes_back_at_once(
+    tmp_path, monkeypatch, memory, returned
+):
+    """The probe's ranks do so, too: what was measured is what runs."""
+    words = tiny_words(f"run.dir={tmp_path}", f"batching.device_memory={memory}")
+    config = load_config([*words, "batching.global_batch_size=8", "batching.micro_batch_size=8"])
+    monkeypatch.setattr(dist, "_notes", {})
+    calls = []
+    monkeypatch.setattr(settle, "return_at_once", lambda: calls.append(1))
+    settle_batch(config, {"zero_optimization": {"stage": 2}}, open_run(config))
+    assert len(calls) == returned
+
+
 def test_a_nodes_refusal_is_every_ranks_with_its_status(tmp_path, monkeypatch):
     class NoMemory(UserError):
         status = 10
@@ -105,7 +119,10 @@ def test_a_nodes_refusal_is_every_ranks_with_its_status(tmp_path, monkeypatch):
     assert caught.value.status == 10
 
 
-def test_a_run_that_has_a_checkpoint_keeps_its_global_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", ["ckpt/step-00000001/meta.json", "memory/oom-0.json"])
+def test_a_run_that_goes_on_or_ran_out_of_memory_keeps_its_global_batch(
+    tmp_path, monkeypatch, left
+):
     tree = {"zero_optimization": {"stage": 2}}
     monkeypatch.setattr(dist, "_notes", {})
 
@@ -118,9 +135,9 @@ def test_a_run_that_has_a_checkpoint_keeps_its_global_batch(tmp_path, monkeypatc
 
     config, plan = begin(16)
     assert plan.global_batch_size == 16
-    checkpoint = tmp_path / "demo" / "ckpt" / "step-00000001"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "meta.json").write_text("{}")
+    path = tmp_path / "demo" / left
+    path.parent.mkdir(parents=True)
+    path.write_text('{"micro_batch_size": 16}')
     (tmp_path / "demo" / "config.yaml").write_text(dump_config(config))
     assert begin(32)[1].global_batch_size == 16
     again = load_config(tiny_words(f"run.dir={tmp_path}", "batching.global_batch_size=auto"))
