@@ -2,13 +2,17 @@
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elip_ds.config import load_config
 from elip_ds.dist import read_ranks
-from elip_ds.engine import read_ds_config
+from elip_ds.engine import json_batch, read_ds_config
 from elip_ds.errors import UserError, exit_with
 from elip_ds.launching import (
     plan_all,
@@ -20,6 +24,7 @@ from elip_ds.launching import (
 )
 from elip_ds.launching.endings import DoesNotFit
 from elip_ds.logs import setup_logging
+from elip_ds.run import list_checkpoints
 
 USAGE = """\
 usage: python -m elip_ds.launch plan|probe|run [preset=NAME] [key=value ...] --deepspeed JSON [...]
@@ -86,7 +91,21 @@ def main(argv: list[str]) -> None:
         sys.stdout.write(f"{command(None, None)}\n")
         return
     folder = Path(config.run.dir) / config.run.name
+    if options.ranks and not torch.cuda.is_available() and "SLURM_JOB_ID" not in os.environ:
+        micro = json_batch(tree, config.batching, options.ranks)[1]
+        if micro == "auto" and not list_checkpoints(folder / "ckpt"):
+            _probe_apart(settings, options.ranks)
     raise SystemExit(supervise(command, folder, config.batching.oom_retries))
+
+
+def _probe_apart(settings: list[str], ranks: int) -> None:
+    """Before training, which then remembers: on a CPU what planning takes, 25 MiB, would else stay
+    in the memory of rank 0. Leaves with the status of a probe that finds nothing.
+    """
+    words = [sys.executable, "-m", "elip_ds.launch", "probe", *settings, "--ranks", str(ranks)]
+    status = subprocess.run(words).returncode
+    if status:
+        raise SystemExit(status if status > 0 else 128 - status)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

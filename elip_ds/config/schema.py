@@ -390,7 +390,7 @@ class BatchingConfig:
     device_memory: str | None = None
     "Memory of a rank, such as 24GiB, or a device's name; null: what is found."
     headroom: float | int | str = "auto"
-    "Share of the memory for the model and its steps that is left free; auto: 0.06."
+    "Share of the memory for the model and its steps that is left free; auto: 0.06, on a CPU 0.05."
     headroom_bytes: int | str = "auto"
     "At least so many are left free; auto: 2**30, and none on a CPU."
     probe: str = "auto"

@@ -11,7 +11,7 @@ from elip_ds.config.schema import BatchingConfig
 from elip_ds.launching.limits import Limit, cuda_budget, host_limits, read_gpus, visible_gpus
 from elip_ds.launching.loaders import loader_bytes
 
-HEADROOM = 0.06
+HEADROOM = {"cpu": 0.05, "cuda": 0.06}
 "Share of the memory that is left free, where nothing else is said; see left_free."
 HEADROOM_BYTES = {"cpu": 0, "cuda": 2**30}
 
@@ -76,7 +76,7 @@ def left_free(batching: BatchingConfig, usable_bytes: int, device: str) -> int:
     process takes before it has either does not grow.
     """
     share, least = batching.headroom, batching.headroom_bytes
-    share = HEADROOM if share == "auto" else float(share)
+    share = HEADROOM[device] if share == "auto" else float(share)
     least = HEADROOM_BYTES[device] if least == "auto" else int(least)
     return max(int(share * usable_bytes), least)
 

@@ -59,7 +59,7 @@ def test_a_plan_says_what_fits_and_what_pruning_buys(tmp_path, words):
     for name in ("largest micro-batch", "activations, vision", "peak learning rate", "left free"):
         assert name in told
     used = pruned["peaks"]
-    budget = 0.94 * 64 * 2**20
+    budget = 0.95 * 64 * 2**20
     assert 0.8 * budget < max(used.values()) <= budget
 
 
@@ -69,7 +69,8 @@ def test_a_plan_that_nothing_fits_says_so(tmp_path, words):
     )
     assert done.returncode == 10
     told = " ".join(done.stdout.split())
-    assert "not even one sample fits: with it a rank takes" in told and "recompute=full" in told
+    assert "not even one sample fits: with it a rank takes" in told
+    assert re.search("what would help most, by the plan: model.vision.image_size=24", told)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +114,10 @@ def test_a_memory_too_small_says_what_would_do_and_what_helps(tmp_path, words):
     )  # fmt: skip
     assert done.returncode == 10
     line = next(line for line in done.stderr.splitlines() if line.startswith("error:"))
-    for part in ("64.0 MiB as given", "ZeRO stage 3", "recompute=full"):
-        assert part in line
+    assert "64.0 MiB as given" in line
     needed, helped = (
         float(re.search(f"{before}([0-9.]+) MiB", line)[1])
-        for before in ("micro-batch 2 needs at least ", r"recompute=full \(")
+        for before in ("micro-batch 2 needs at least ", r"ZeRO stage 3 \(")
     )
     # What a rank took before there was a limit, and nothing that helps can do without most of it.
     assert 400 < 0.9 * needed < helped <= needed < 2000
