@@ -1,6 +1,7 @@
 """What loaders hold, against the batches that a real one hands over."""
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,11 @@ from elip_ds.data.made_up import made_up_vocabulary, random_batch
 from elip_ds.launching.loaders import loader_bytes, within_shared_memory
 
 
-def config_with(workers: int, held_out: int = 4):
-    return load_config(tiny_words(f"data.workers={workers}", f"eval.batch_size={held_out}"))
+CONFIG = load_config(tiny_words("eval.batch_size=4"))
+
+
+def config_with(workers: int):
+    return replace(CONFIG, data=replace(CONFIG.data, workers=workers))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
