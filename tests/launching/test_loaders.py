@@ -13,7 +13,6 @@ from elip_ds.config import load_config
 from elip_ds.data.made_up import made_up_vocabulary, random_batch
 from elip_ds.launching.loaders import loader_bytes, within_shared_memory
 
-
 CONFIG = load_config(tiny_words("eval.batch_size=4"))
 
 
