@@ -11,7 +11,7 @@ def return_at_once() -> None:
 
     Else it stays in a heap with holes: a rank takes a quarter more for its activations, and more
     and more for hundreds of steps, which no short trial foresees. Fresh pages cost time instead, a
-    step of the demo 1.7 times as much, so that it is for where memory is short. Elsewhere than on
+    step of the demo 1.6 times as much, so that it is for where memory is short. Elsewhere than on
     Linux with glibc nothing happens.
     """
     libc = ctypes.CDLL(None)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import tiny_words
-from jobs import DEADLINE, ROOT
+from jobs import DEADLINE, ROOT, free_port
 
 pytestmark = pytest.mark.slow
 LAUNCH = [sys.executable, "-m", "elip_ds.launch"]
@@ -128,7 +128,17 @@ def test_train_py_probes_by_itself_on_the_same_terms(tmp_path, words):
         "batching.global_batch_size=auto", "batching.max_global=32", "batching.probe=always",
         "batching.device_memory=4GiB", "schedule.length=64 samples", "run.on_finish=nothing",
     )  # fmt: skip
-    launch("run", *given, "--deepspeed", Z2, "--ranks", "2", cwd=tmp_path)
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    command = [*deepspeed, "--master_port", str(free_port()), str(ROOT / "elip_ds" / "train.py")]
+    done = subprocess.run(
+        [*command, "--deepspeed", Z2, *given],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     plan = json.loads((tmp_path / "it" / "plan.json").read_text())
     (answer,) = plan["nodes"].values()
     assert answer["source"] == "probe" and plan["micro_batch_size"] == 16
