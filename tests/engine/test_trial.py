@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import tiny_words
 
-from elip_ds.config import load_config
+from elip_ds.config import Config, load_config
+from elip_ds.data import Batch, Vocabulary
 from elip_ds.data.made_up import made_up_vocabulary, random_batch
 from elip_ds.engine import trial
 from elip_ds.engine.trial import AROUND, PAGE, CudaMemory, HostMemory, Watch
@@ -130,13 +131,17 @@ def test_the_peak_and_the_limit_of_a_device_are_the_allocators():
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@pytest.mark.parametrize("model", ["albef", "clip"])
-@pytest.mark.parametrize("pad", ["fixed", "longest"])
-def test_the_shortest_captions_have_a_word_and_the_padding_of_the_configuration(model, pad):
+def longest_captions(model: str, pad: str, size: int) -> tuple[Config, Vocabulary, Batch]:
     kind = {"clip": "clip"}.get(model, "albef")
     config = load_config(tiny_words(f"data.pad={pad}", f"data.tokenizer={kind}", model=model))
     vocabulary = made_up_vocabulary(config)
-    longest = random_batch(config, vocabulary, 3)
+    return config, vocabulary, random_batch(config, vocabulary, size)
+
+
+@pytest.mark.parametrize("model", ["albef", "clip"])
+@pytest.mark.parametrize("pad", ["fixed", "longest"])
+def test_the_shortest_captions_have_a_word_and_the_padding_of_the_configuration(model, pad):
+    config, vocabulary, longest = longest_captions(model, pad, 3)
     job = TrialJob(config, {}, [3], accumulation=2, captions="alternate")
     batches = list(islice(trial._batches(job, longest, config, vocabulary), 5))
     assert [batch is longest for batch in batches] == [True, True, False, False, True]
@@ -151,10 +156,7 @@ def test_the_shortest_captions_have_a_word_and_the_padding_of_the_configuration(
 @pytest.mark.parametrize("model", ["albef", "clip"])
 @pytest.mark.parametrize("pad", ["fixed", "longest"])
 def test_random_captions_are_of_all_lengths_and_end_as_captions_do(model, pad):
-    kind = {"clip": "clip"}.get(model, "albef")
-    config = load_config(tiny_words(f"data.pad={pad}", f"data.tokenizer={kind}", model=model))
-    vocabulary = made_up_vocabulary(config)
-    longest = random_batch(config, vocabulary, 5)
+    config, vocabulary, longest = longest_captions(model, pad, 5)
     job = TrialJob(config, {}, [5], captions="random")
     seen, widths = set(), set()
     for batch in islice(trial._batches(job, longest, config, vocabulary), 200):
