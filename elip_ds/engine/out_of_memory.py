@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,9 +136,19 @@ def _fingerprints(run: Run) -> list[str]:
         return []
     name, lead = dist.node_name(), run.rank - run.ranks.local_rank
     answer = nodes.get(f"{name}-{lead}") or nodes.get(name) or {}
-    parts, ratios = (answer, *answer.get("later", ())), list(run.keep_ratios)
-    now = [part for part in parts if part.get("keep_ratios") == ratios] or [answer]
-    return [part["failure_key"] for part in now if "failure_key" in part]
+    part = answer_at(answer, run.keep_ratios)
+    return [part["failure_key"]] if "failure_key" in part else []
+
+
+def answers_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """A node's, as plan.json has it, for each stretch of the pruning schedule."""
+    return [answer, *answer.get("later", ())]
+
+
+def answer_at(answer: dict[str, Any], keep_ratios: Sequence[float]) -> dict[str, Any]:
+    """The one of the stretch with these; the first where no other is meant."""
+    wanted = list(keep_ratios)
+    return next((one for one in answers_of(answer) if one.get("keep_ratios") == wanted), answer)
 
 
 def _lift_limits() -> None:

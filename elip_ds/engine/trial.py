@@ -51,8 +51,6 @@ WARM_UP_STEPS = 2
 UNTOUCHED = 0.02
 """Of a CPU's limit: pages at the ends of tensors that are mapped and never resident; 6 to 11 MiB of
 1100 were seen. Who stays in this margin is refused by the peak, not by an error."""
-
-
 PAGE, AROUND = resource.getpagesize(), 16
 "Bytes, and how many pages Linux maps at once where they are in its cache."
 MADV_POPULATE_READ = 22

@@ -19,7 +19,7 @@ from elip_ds.batching.cache import Cache, default_folder, fingerprint
 from elip_ds.batching.search import NothingFits
 from elip_ds.batching.sizes import show_bytes
 from elip_ds.config import Config, PruningConfig
-from elip_ds.engine.out_of_memory import OOM_FOLDER
+from elip_ds.engine.out_of_memory import OOM_FOLDER, answers_of
 from elip_ds.engine.schedule import choose_optimizer
 from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
@@ -89,7 +89,7 @@ def answer_for_node(node: Node, cache: Cache | None = None) -> dict[str, Any]:
         first, *others = stretches(node.config.pruning)
         answer |= _of_stretch(node, first, memory, cache)
         answer["later"] = [_of_stretch(node, ratios, memory, cache) for ratios in others]
-    most = max(part["largest"] for part in (answer, *answer.get("later", ())))
+    most = max(part["largest"] for part in answers_of(answer))
     answer["warnings"] = [*answer["warnings"], *_host_warnings(node, most)]
     return answer
 

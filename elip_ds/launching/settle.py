@@ -20,7 +20,7 @@ from elip_ds.batching.plan import better_batches
 from elip_ds.config import Config, read_config
 from elip_ds.engine import json_batch
 from elip_ds.engine.heap import return_at_once
-from elip_ds.engine.out_of_memory import ran_out_of_memory
+from elip_ds.engine.out_of_memory import answers_of, ran_out_of_memory
 from elip_ds.engine.schedule import settle_optim
 from elip_ds.errors import UserError
 from elip_ds.launching.limits import count_oom_kills
@@ -169,7 +169,7 @@ def probe_here(config: Config, tree: dict[str, Any], local_ranks: int | None) ->
 
 def _warn(name: str, answer: dict[str, Any]) -> None:
     """What a node's answer has to say besides, in all stretches of the schedule."""
-    for part in (answer, *answer.get("later", ())):
+    for part in answers_of(answer):
         for warning in part["warnings"]:
             log.warning("%s: %s", name, warning)
 
@@ -224,11 +224,7 @@ def _record(config: Config, plan: Plan, answers: dict[str, Any], device: str) ->
         "min_micro_batch": min_micro_batch(config),
         "device": device,
         "oom_kills": count_oom_kills(),
-        "tight": any(
-            part["tight"]
-            for answer in answers.values()
-            for part in (answer, *answer.get("later", ()))
-        ),
+        "tight": any(part["tight"] for answer in answers.values() for part in answers_of(answer)),
         "unequal": plan.unequal,
         "later": [
             {"keep_ratios": list(ratios), "micro_batch_size": size}

@@ -19,7 +19,7 @@ import psutil
 
 from elip_ds.batching import Plan, next_smaller
 from elip_ds.batching.cache import Cache, default_folder
-from elip_ds.engine.out_of_memory import OOM_FOLDER, RETRIES, write_whole
+from elip_ds.engine.out_of_memory import OOM_FOLDER, RETRIES, answer_at, write_whole
 from elip_ds.launching.endings import LaunchError
 from elip_ds.launching.handover import Command
 from elip_ds.launching.limits import count_oom_kills
@@ -106,10 +106,9 @@ def _forget_answers(run_dir: Path, ratios: list[float]) -> None:
     plan = run_dir / PLAN
     nodes = json.loads(plan.read_text())["nodes"].values() if plan.exists() else ()
     for answer in nodes:
-        parts = (answer, *answer.get("later", ()))
-        for part in [part for part in parts if part.get("keep_ratios") == ratios] or [answer]:
-            if "fingerprint" in part:
-                Cache(default_folder()).forget(part["fingerprint"])
+        part = answer_at(answer, ratios)
+        if "fingerprint" in part:
+            Cache(default_folder()).forget(part["fingerprint"])
 
 
 def _killed(run_dir: Path, since: float) -> dict[str, Any] | None:
