@@ -1,10 +1,9 @@
 """One optimizer step at a time, under DeepSpeed, from any checkpoint.
 
-Owns the position of the run (step, samples seen), the learning rate, and what is saved.
+Owns the position of the run (step, samples seen) and the learning rate.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import time
@@ -16,31 +15,24 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-import elip_ds
 from elip_ds import dist
 from elip_ds.batching import Plan
-from elip_ds.config import Config, dump_config, duration_in_samples
+from elip_ds.config import Config, duration_in_samples
 from elip_ds.data import Batch, HeldOut, TrainLoader
-from elip_ds.engine import checkpoint as files
-from elip_ds.engine import elastic
 from elip_ds.engine.compile import check_compile, compile_blocks
 from elip_ds.engine.ds_config import fill_ds_config, fit_buckets
 from elip_ds.engine.fused import Place, choose_kernels, swap_layer_norms
 from elip_ds.engine.lamb import Lamb, bind_lamb, check_lamb
 from elip_ds.engine.operations import Operations, matmul_peak
 from elip_ds.engine.optim import build_optimizer
-from elip_ds.engine.places import find_places
 from elip_ds.engine.prefetch import Prefetcher
+from elip_ds.engine.saving import Saving, newest_step
 from elip_ds.engine.schedule import learning_rate, settle_optim
-from elip_ds.engine.sharding import gather_whole, local_tensor, refresh, shard_of
-from elip_ds.engine.weights import read_tensors
-from elip_ds.errors import UserError
+from elip_ds.engine.sharding import local_tensor, refresh
 from elip_ds.objectives import Progress
-from elip_ds.run import CONFIG, STATE, TOKENIZER, WEIGHTS, Run, list_checkpoints
+from elip_ds.run import TOKENIZER, Run
 from elip_ds.tasks import Pretrain
 from elip_ds.towers.pruning import keep_ratios_at
 from elip_ds.weights import start_from
@@ -85,7 +77,6 @@ class Engine:
         self.step, self.samples_seen = 0, 0
         dist.deal_samples(plan.micro_batches)
         self._bad: Counter[tuple[str, str]] = Counter()
-        self.folder = run.dir / "ckpt"
         self.on_lap: Callable[[str], None] = lambda part: None
         "Told each part of a step, as StepRecord.seconds names them, that has just ended."
         self.operations: Operations | None = None
@@ -106,8 +97,8 @@ class Engine:
                 "%s, peak learning rate %.4g (optim.lr=%g), for batch %d",
                 *(self._optim.name, self._optim.lr, config.optim.lr, plan.global_batch_size),
             )
-        self._saved = self._newest_step()
-        if self._saved is None:
+        newest = newest_step(run)
+        if newest is None:
             paths = [Path(path) for path in config.model.init_from]
             # Before DeepSpeed shards and rounds them.
             start_from(task, config.model, paths, run.dir / TOKENIZER)
@@ -123,8 +114,13 @@ class Engine:
         )
         if isinstance(optimizer, Lamb):
             bind_lamb(optimizer, self._engine.optimizer)
-        self._files = files.CarefulFiles()
-        self._engine.checkpoint_engine = self._files
+        form = {
+            "world_size": run.world_size,
+            "zero_stage": self.stage,
+            "precision": self.precision,
+            "optimizer": self._optimizer_kind,
+        }
+        self._saving = Saving(config, run, task, self._engine, form, newest)
         if task.teacher is not None:
             task.teacher.masters(local_tensor)  # in fp32 from before the first rounding step on
         # Weights were drawn from one seed; dropout from here on differs by rank.
@@ -149,6 +145,11 @@ class Engine:
         return build_optimizer(
             self.task, self._optim, kernel=kernels.optimizer, offload=place.offload
         )
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoints."""
+        return self._saving.folder
 
     @property
     def stage(self) -> int:
@@ -227,7 +228,8 @@ class Engine:
         if applied:
             after = Progress(self.step, self.samples_seen, loader.samples_per_epoch)
             self.task.after_step(after, local_tensor)
-            self._refresh_teacher()
+            if self.task.teacher is not None:
+                refresh(self.task.teacher.parameters())
         else:
             self.task.drop_carries()
         clock.lap("optimizer")
@@ -310,14 +312,15 @@ class Engine:
 
     def resume(self, loader: TrainLoader) -> None:
         """Go on from the run's newest checkpoint, if there is one."""
-        if self._saved is not None:
-            self._load(self.folder / files.checkpoint_name(self._saved), loader)
+        if self._saving.newest is None:
+            return
+        self.step, self.samples_seen = self._saving.load(loader)
+        loader.seek(self.samples_seen, self.plan.micro_batches)
+        self._ahead = None  # what it holds is of another place
 
-    def _newest_step(self) -> int | None:
-        """Of the newest checkpoint, as rank 0 sees it: file systems show a name late elsewhere."""
-        found = list_checkpoints(self.folder) if self.run.first else []
-        step = files.read_meta(found[-1])["step"] if found else None
-        return dist.gather_objects(step)[0]
+    def save(self, loader: TrainLoader) -> Path | None:
+        """Write a checkpoint (see Saving.save). Every rank calls it."""
+        return self._saving.save(self.step, self.samples_seen, loader)
 
     def evaluate(self, held_out: HeldOut) -> dict[str, float]:
         """The task's held-out scores. Every rank calls it."""
@@ -327,220 +330,6 @@ class Engine:
             match_candidates=self.config.eval.match_candidates,
             prune=self.config.eval.prune,
         )
-
-    def save(self, loader: TrainLoader) -> Path | None:
-        """Write a checkpoint. Returns its folder, or None when it could not be written: the one
-        before stays as it was, and the reason is in the log. Every rank calls it.
-        """
-        final = self.folder / files.checkpoint_name(self.step)
-        if self.step == self._saved:  # nothing happened since it was written
-            return final
-        partial = self.folder / f".{final.name}.partial"
-        self._files.failure = None
-        with self._files.attempt(self.folder):
-            if self.run.first:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                files.clear_leftovers(self.folder)
-                partial.mkdir()
-        if self._failed_anywhere(partial):
-            return None
-        digests = dist.gather_objects(self._state_digest())
-        self._engine.save_checkpoint(
-            str(self.folder),
-            tag=partial.name,
-            client_state={},
-            save_latest=False,
-            exclude_frozen_parameters=True,
-        )
-        self._save_ours(partial, loader, digests)
-        if self._failed_anywhere(partial):
-            return None
-        if self.run.first:
-            with self._files.attempt(final):
-                files.publish(partial, final, self.config.checkpoint.keep)
-        if self._failed_anywhere(partial):
-            return None
-        log.info("saved %s", final)
-        self._saved = self.step
-        return final
-
-    def _failed_anywhere(self, partial: Path) -> bool:
-        failures = [f for f in dist.gather_objects(self._files.failure) if f]
-        if failures and self.run.first:
-            log.error(
-                "checkpoint NOT saved (%s); the one before it is untouched. Free some space or "
-                "change run.dir; training goes on",
-                failures[0],
-            )
-            files.clear_leftovers(self.folder)
-        self.run.wait()
-        return bool(failures)
-
-    def _state_digest(self) -> str:
-        """Of the queues and the position, which must be equal on all ranks."""
-        digest = hashlib.blake2b(str((self.step, self.samples_seen)).encode(), digest_size=8)
-        for name, value in sorted(self.task.state().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    def _save_ours(self, partial: Path, loader: TrainLoader, digests: list[str]) -> None:
-        weights = self._whole_weights()  # a collective under ZeRO-3
-        rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
-        if self.run.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.run.device)
-        self._files.save(rng, str(self._rng_file(partial)))
-        if len(set(digests)) > 1:
-            raise RuntimeError(f"the ranks' queues differ: {digests}")
-        if not self.run.first:
-            return
-        meta = {
-            "step": self.step,
-            "samples_seen": self.samples_seen,
-            "world_size": self.run.world_size,
-            "zero_stage": self.stage,
-            "precision": self.precision,
-            "optimizer": self._optimizer_kind,
-            "data": loader.state(),
-            "state_digests": digests,
-            "versions": {
-                "elip_ds": elip_ds.__version__,
-                "torch": torch.__version__,
-                "deepspeed": deepspeed.__version__,
-            },
-        }
-        with self._files.attempt(partial):
-            save_file(weights, partial / WEIGHTS)
-            state = {k: v.detach().cpu().contiguous() for k, v in self.task.state().items()}
-            save_file(state, partial / STATE)
-            (partial / CONFIG).write_text(dump_config(self.config))
-            (partial / TOKENIZER).write_bytes((self.run.dir / TOKENIZER).read_bytes())
-            (partial / files.META).write_text(json.dumps(meta, indent=1))
-
-    def _whole_weights(self) -> dict[str, Tensor]:
-        """Student and teacher, fp32, whole, on rank 0; an empty dict elsewhere."""
-        weights: dict[str, Tensor] = {}
-
-        def put(name: str, value: Tensor) -> None:
-            if self.run.first:
-                weights[name] = value.detach().float().cpu().clone().contiguous()
-
-        masters = {} if self.stage or not self._half else self._masters_without_zero()
-        for name, parameter in self.task.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            value = safe_get_full_fp32_param(parameter) if self.stage else None
-            put(name, masters.get(parameter, parameter.data) if value is None else value)
-        teacher = self.task.teacher
-        if teacher is not None:
-            named = teacher.model.named_parameters()
-            for (name, parameter), held in zip(named, teacher.masters(local_tensor), strict=True):
-                put(f"teacher.{name}", gather_whole(parameter, held))
-        return weights
-
-    def _masters_without_zero(self) -> dict[nn.Parameter, Tensor]:
-        """The fp32 weights behind half-precision ones, which DeepSpeed finds only under ZeRO."""
-        wrapped = self._engine.optimizer
-        return {
-            place.params[owner]: place.flat.view(-1)[start : start + size].view_as(
-                place.params[owner]
-            )
-            for place in find_places(wrapped.optimizer, wrapped)
-            for start, size, owner, _ in place.pieces
-            if size == place.params[owner].numel()
-        }
-
-    @property
-    def _half(self) -> bool:
-        return self.precision != "fp32"
-
-    def _load(self, path: Path, loader: TrainLoader) -> None:
-        meta = files.read_meta(path)
-        theirs, ours = (kind.split(" ")[0] for kind in (meta["optimizer"], self._optimizer_kind))
-        if theirs != ours:  # each has states of its own meaning
-            raise UserError(
-                f"{path} was saved with optim.name={theirs}, this start has {ours}; set it as it "
-                f"was, or start a new run with model.init_from={path}"
-            )
-        loader.check_state(meta["data"])
-        changes = elastic.differences(
-            meta,
-            {
-                "world_size": self.run.world_size,
-                "zero_stage": self.stage,
-                "precision": self.precision,
-                "optimizer": self._optimizer_kind,
-            },
-        )
-        if changes:
-            self._load_elastic(path, meta)
-            log.info("states rearranged for this start: %s", ", ".join(changes))
-            if self.run.world_size > meta["world_size"]:
-                log.info("ranks from %d on draw dropout from new generators", meta["world_size"])
-        else:
-            done, _ = self._engine.load_checkpoint(
-                str(path.parent), tag=path.name, load_module_strict=False
-            )
-            if done is None:
-                raise UserError(f"{path} has no DeepSpeed files for this start")
-        self._load_teacher(read_tensors(path / WEIGHTS))
-        self.task.load_state(read_tensors(path / STATE, str(self.run.device)))
-        self._load_rng(path, meta)
-        self.step, self.samples_seen = meta["step"], meta["samples_seen"]
-        loader.seek(self.samples_seen, self.plan.micro_batches)
-        self._ahead = None  # what it holds is of another place
-        log.info("resumed %s: step %d, %d samples seen", path, self.step, self.samples_seen)
-
-    def _load_elastic(self, path: Path, meta: dict[str, Any]) -> None:
-        """What load_checkpoint does, for a start of another form than the checkpoint's."""
-        fault = saved = None
-        try:  # a rank that raised alone would leave the others waiting for it
-            saved = elastic.read_saved(path, meta, self.task)
-            share = (self.run.rank, self.run.world_size)
-            elastic.check_saved(saved, read_tensors(path / WEIGHTS), share)
-            read_tensors(path / STATE)
-            if self.run.rank < meta["world_size"] and not self._rng_file(path).is_file():
-                raise UserError(f"{self._rng_file(path)} is missing")
-        except UserError as error:
-            fault = str(error)
-        faults = [found for found in dist.gather_objects(fault) if found]
-        if faults:
-            raise UserError(faults[0])
-        assert saved is not None
-        optimizer = self._engine.basic_optimizer
-        places = find_places(optimizer, self._engine.optimizer)
-        elastic.put_saved(saved, places, optimizer, self.task)
-        if self.precision == meta["precision"] == "fp16":
-            elastic.set_scaler(saved, self._engine.optimizer)
-        self._engine.global_steps = meta["step"]
-        self._engine.global_samples = meta["samples_seen"]
-
-    def _rng_file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"rng-rank{self.run.rank:05d}.pt"
-
-    def _load_rng(self, path: Path, meta: dict[str, Any]) -> None:
-        if self.run.rank >= meta["world_size"]:
-            # Another stream than that of any start at another step: dropout draws anew.
-            torch.manual_seed(self.run.seed + 1000 * (self.run.rank + 1) + 10**6 * meta["step"])
-            return
-        rng = self._files.load(str(self._rng_file(path)))
-        torch.set_rng_state(rng["cpu"])
-        if "cuda" in rng and self.run.device.type == "cuda":
-            torch.cuda.set_rng_state(rng["cuda"], self.run.device)
-
-    def _load_teacher(self, weights: dict[str, Tensor]) -> None:
-        teacher = self.task.teacher
-        if teacher is None:
-            return
-        named = teacher.model.named_parameters()
-        for (name, parameter), held in zip(named, teacher.masters(local_tensor), strict=True):
-            held.copy_(shard_of(parameter, weights[f"teacher.{name}"]))
-        teacher.write_back(local_tensor)
-        self._refresh_teacher()
-
-    def _refresh_teacher(self) -> None:
-        if self.task.teacher is not None:
-            refresh(self.task.teacher.parameters())
 
 
 class _Clock:

@@ -14,6 +14,9 @@ from elip_ds.launching.loaders import loader_bytes
 HEADROOM = {"cpu": 0.05, "cuda": 0.06}
 "Share of the memory that is left free, where nothing else is said; see left_free."
 HEADROOM_BYTES = {"cpu": 0, "cuda": 2**30}
+REPEATS = {"cpu": 2 * 2**20, "cuda": 0}
+"""Bytes by which peaks of one and the same batch differ from start to start, always left free:
+up to 1 MiB was seen on a CPU, and a sample more or less is soon as small as that."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,15 @@ def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
 
 
 def left_free(batching: BatchingConfig, usable_bytes: int, device: str) -> int:
-    """Headroom in bytes. usable_bytes: what there is for the model and its steps, since what a
-    process takes before it has either does not grow.
+    """Headroom in bytes, at least what a start may take more than the one that was measured.
+
+    usable_bytes: what there is for the model and its steps, since what a process takes before it
+    has either does not grow.
     """
     share, least = batching.headroom, batching.headroom_bytes
     share = HEADROOM[device] if share == "auto" else float(share)
     least = HEADROOM_BYTES[device] if least == "auto" else int(least)
-    return max(int(share * usable_bytes), least)
+    return max(int(share * usable_bytes), least, REPEATS[device])
 
 
 def _steady(number: int) -> int:

@@ -24,7 +24,7 @@ from elip_ds.engine.schedule import choose_optimizer
 from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
 from elip_ds.launching.advice import advice
-from elip_ds.launching.budget import Memory, beside_loader, node_memory
+from elip_ds.launching.budget import REPEATS, Memory, beside_loader, node_memory
 from elip_ds.launching.endings import DoesNotFit
 from elip_ds.launching.facts import memory_facts
 from elip_ds.launching.forecast import Forecast
@@ -331,7 +331,7 @@ def _probe(
             sizes,
             guess=guess,
             shape=forecast.curve(guess or sizes[0]),
-            worthwhile=THOROUGH if memory.headroom_bytes == 0 else BRISK,
+            worthwhile=THOROUGH if memory.headroom_bytes <= REPEATS[node.device] else BRISK,
         )
     except NothingFits as error:
         raise _does_not_fit(node, memory, forecast, sizes[0], memory.budget_bytes, error) from None

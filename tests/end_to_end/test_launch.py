@@ -123,17 +123,20 @@ def test_a_memory_too_small_says_what_would_do_and_what_helps(tmp_path, words):
     assert 400 < 0.9 * needed < helped <= needed < 2000
 
 
-def test_train_py_probes_by_itself_on_the_same_terms(tmp_path, words):
+@pytest.mark.parametrize("entry", ["deepspeed", "launch"])
+def test_training_probes_first_on_the_same_terms(tmp_path, words, entry):
+    """By itself, or `launch run` before it, whose answer it then remembers."""
     given = words(
         "batching.global_batch_size=auto", "batching.max_global=32", "batching.probe=always",
         "batching.device_memory=4GiB", "schedule.length=64 samples", "run.on_finish=nothing",
     )  # fmt: skip
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
-    command = [*deepspeed, "--master_port", str(free_port()), str(ROOT / "elip_ds" / "train.py")]
+    train = ["--master_port", str(free_port()), str(ROOT / "elip_ds" / "train.py")]
+    command = {"deepspeed": [*deepspeed, *train], "launch": [*LAUNCH, "run", "--ranks", "2"]}
     done = subprocess.run(
-        [*command, "--deepspeed", Z2, *given],
+        [*command[entry], "--deepspeed", Z2, *given],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
         timeout=DEADLINE,
@@ -141,7 +144,8 @@ def test_train_py_probes_by_itself_on_the_same_terms(tmp_path, words):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     plan = json.loads((tmp_path / "it" / "plan.json").read_text())
     (answer,) = plan["nodes"].values()
-    assert answer["source"] == "probe" and plan["micro_batch_size"] == 16
+    assert answer["source"] == {"deepspeed": "probe", "launch": "cache"}[entry]
+    assert answer["verified"] and plan["micro_batch_size"] == 16
     used = json.loads((tmp_path / "it" / "ds_config.json").read_text())
     assert used["train_batch_size"] == 32 and used["train_micro_batch_size_per_gpu"] == 16
     config = (tmp_path / "it" / "config.yaml").read_text()
