@@ -38,7 +38,8 @@ class Ranks:
 def read_ranks() -> Ranks:
     """Who this process is, from the launcher's variables (deepspeed, torchrun), else Slurm's.
 
-    A process that nobody launched is the only rank. Starts nothing.
+    A process that nobody launched is the only rank. Starts nothing. Raises NodeError where ranks
+    and GPUs do not match.
     """
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
@@ -50,10 +51,29 @@ def read_ranks() -> Ranks:
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank = int(env.get("LOCAL_RANK", 0))
     local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
-    device = torch.device("cpu")
+    return Ranks(rank, local_rank, world_size, local_world, _device_of(local_rank, local_world))
+
+
+def _device_of(local_rank: int, local_world: int) -> torch.device:
+    """A GPU of its own for each rank of a node, or the CPU for all where there is none."""
+    env = os.environ
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    return Ranks(rank, local_rank, world_size, local_world, device)
+        seen = torch.cuda.device_count()
+        if local_world > seen:
+            raise NodeError(
+                f"{local_world} ranks on this node and torch sees {seen} of its GPUs; start as "
+                "many ranks as GPUs (Slurm: --ntasks-per-node as --gpus-per-node, and no "
+                "--gpus-per-task or --gpu-bind, which show each rank one alone)"
+            )
+        return torch.device("cuda", local_rank)
+    given = env.get("SLURM_STEP_GPUS") or env.get("SLURM_JOB_GPUS")
+    if given and env.get("CUDA_VISIBLE_DEVICES", given):
+        raise NodeError(
+            f"Slurm gives this node's ranks GPUs ({given}) and torch sees none: look at nvidia-smi "
+            f"there; torch {torch.__version__} wants a driver for CUDA {torch.version.cuda}, a "
+            "container --nv. To train on CPUs all the same: CUDA_VISIBLE_DEVICES="
+        )
+    return torch.device("cpu")
 
 
 def _tasks_of_node(per_node: str, node: int) -> str:

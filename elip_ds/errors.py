@@ -19,6 +19,14 @@ class NodeError(UserError):
     """May be of one node alone, of which rank 0 has not heard: the first rank there says so."""
 
 
+class PassingError(UserError):
+    """May be gone at a later start, as when a file server does not answer. slurm/common.sh starts
+    again where it would not for a setting.
+    """
+
+    status = 14
+
+
 def leave() -> None:
     """End the process with status 0, skipping the interpreter's tear-down.
 

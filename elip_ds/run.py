@@ -35,7 +35,8 @@ LOCK_SECONDS = 30.0
 "For the start before this one to end."
 _held: list[int] = []
 STOP_EVERY = 10
-"Steps between two agreements on stopping; each waits for the device once."
+"""Steps between two agreements on stopping, each of which waits for the device once, or about so
+many seconds where steps take more than one."""
 STOP_FILE = "ELIP_STOP_FILE"
 BEAT_FILE = "ELIP_BEAT_FILE"
 """Variables by which a batch script names two files: one that it makes when the ranks shall stop,
@@ -79,6 +80,8 @@ class Run:
     _stopping: bool = False
     _saving: bool = False
     _saved: float | None = None
+    _agree_at: int = 0
+    _agreed: tuple[int, float] | None = None
     _parent: int = field(default_factory=os.getppid)
 
     @property
@@ -113,7 +116,7 @@ class Run:
 
     def agree_to_stop(self, step: int = 0) -> None:
         """Every few steps all ranks learn whether any was asked to stop, and whether it is time to
-        save. Every rank calls it.
+        save, and when to agree next. Every rank calls it.
 
         Asked by a signal, or by a file that appears where ELIP_STOP_FILE says: a batch script has
         no way to signal the ranks alone.
@@ -122,12 +125,25 @@ class Run:
         if self.first and (beat := os.environ.get(BEAT_FILE)):
             with suppress(OSError):  # the script was cancelled, and has taken it along
                 os.utime(beat)
-        if step % STOP_EVERY:
+        if step < self._agree_at:
             return
         if not self.stop_asked:
             self._look_around()
-        asked = torch.tensor([self.stop_asked, self._save_is_due()], device=self.device)
-        self._stopping, self._saving = map(bool, dist.max_over_ranks(asked.int()).tolist())
+        asked = [self.stop_asked, self._save_is_due(), self._steps_to_next(step)]
+        told = dist.max_over_ranks(torch.tensor(asked, dtype=torch.int, device=self.device))
+        self._stopping, self._saving = map(bool, told[:2].tolist())
+        self._agree_at = step + int(told[2])
+
+    def _steps_to_next(self, step: int) -> int:
+        """By rank 0's clock; 0 elsewhere."""
+        if not self.first:
+            return 0
+        now, before = time.monotonic(), self._agreed
+        self._agreed = step, now
+        if before is None or step <= before[0]:
+            return 1
+        seconds = (now - before[1]) / (step - before[0])
+        return int(STOP_EVERY / max(1.0, min(STOP_EVERY, seconds)))
 
     def _look_around(self) -> None:
         if self.first and os.path.exists(os.environ.get(STOP_FILE, "")):

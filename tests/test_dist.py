@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from elip_ds import dist
+from elip_ds.errors import NodeError
 
 VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID",
     "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID",
+    "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 
 
@@ -114,3 +116,33 @@ def test_groups_that_others_make_wait_no_longer_than_the_first(monkeypatch):
         assert group._get_backend(cpu).options._timeout.total_seconds() == 7
     finally:
         dist.stop()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(count): torch sees so many."""
+
+    def see(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return see
+
+
+def test_every_rank_of_a_node_has_a_gpu_of_its_own(ranks_from, gpus):
+    gpus(4)
+    ranks_from(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
+    assert dist.read_ranks().device == torch.device("cuda", 1)
+    with pytest.raises(NodeError, match="8 ranks on this node and torch sees 4 of its GPUs"):
+        ranks_from(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", LOCAL_WORLD_SIZE="8")
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_GPUS", "SLURM_JOB_GPUS"])
+def test_gpus_that_slurm_gives_and_torch_does_not_see_are_no_reason_to_train_on_a_cpu(
+    ranks_from, gpus, name
+):
+    gpus(0)
+    given = {name: "0,1", "CUDA_VISIBLE_DEVICES": "0,1"}
+    with pytest.raises(NodeError, match=r"GPUs \(0,1\) and torch sees none"):
+        ranks_from(**SLURM, **given)
+    assert ranks_from(**SLURM, **given | {"CUDA_VISIBLE_DEVICES": ""})[0] == 5

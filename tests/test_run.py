@@ -180,13 +180,35 @@ def test_a_seed_gives_the_same_numbers_again():
 
 def test_a_file_asks_to_stop_at_the_next_agreement(run, tmp_path, monkeypatch):
     monkeypatch.setenv("ELIP_STOP_FILE", str(tmp_path / "stop"))
-    run.agree_to_stop(10)
+    monkeypatch.setattr("elip_ds.run.time.monotonic", lambda: 0.0)
+    for step in (10, 11):
+        run.agree_to_stop(step)
     assert not run.stopping
     (tmp_path / "stop").touch()
-    run.agree_to_stop(19)
-    assert not run.stopping
     run.agree_to_stop(20)
+    assert not run.stopping
+    run.agree_to_stop(21)
     assert run.stopping
+
+
+@pytest.mark.parametrize(
+    ("seconds", "agreements"),
+    [
+        (0.01, [1, 2, 12, 22, 32]),
+        (1, [1, 2, 12, 22, 32]),
+        (3, [1, 2, 5, 8, 11]),
+        (60, [1, 2, 3, 4]),
+    ],
+)
+def test_the_ranks_agree_every_ten_steps_or_seconds(run, monkeypatch, seconds, agreements):
+    """The first step says nothing of the others: it compiles and warms up."""
+    now, seen = 0.0, []
+    monkeypatch.setattr("elip_ds.run.time.monotonic", lambda: now)
+    monkeypatch.setattr(run, "_look_around", lambda: seen.append(run.step))
+    for step in range(1, agreements[-1] + 1):
+        now += 100 if step == 1 else seconds
+        run.agree_to_stop(step)
+    assert seen == agreements
 
 
 def test_the_clock_asks_to_save_at_the_next_agreement_and_only_there(tmp_path, monkeypatch):
@@ -194,11 +216,12 @@ def test_the_clock_asks_to_save_at_the_next_agreement_and_only_there(tmp_path, m
     monkeypatch.setattr("elip_ds.run.time.monotonic", lambda: now)
     run = dataclasses.replace(make_run(tmp_path), save_every_seconds=60)
     asked = []
-    for step in range(1, 41):  # 5 s each
+    for step in range(1, 201):
         run.agree_to_stop(step)
         asked += [step] if run.saving else []
-        now += 5
-    assert asked == [30]  # the clock starts at step 10, the first agreement; 60 s are over at 22
+        now += 0.7
+    # The clock starts with the first step; 60 s are over at step 87, and again 86 after that save.
+    assert asked == [92, 182]
     assert not run.stopping
 
 
@@ -226,7 +249,7 @@ def test_a_rank_whose_step_daemon_is_gone_asks_to_stop(run, monkeypatch):
     run.agree_to_stop(10)
     assert not run.stopping
     monkeypatch.setattr("os.getppid", lambda: 1)
-    run.agree_to_stop(20)
+    run.agree_to_stop(30)
     assert run.stopping
 
 

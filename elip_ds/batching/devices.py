@@ -21,10 +21,11 @@ USABLE_GIB = {
     "A100-40": 39.5,
     "A100-80": 79.1,
     "H100": 79.1,
+    "H100 NVL": 93.5,
     "H200": 139.8,
     "MI250": 63.9,  # one of its two dies: each is a device of its own
 }
-ALIASES = {"h10080": "H100", "h200141": "H200", "mi250x": "MI250"}
+ALIASES = {"h10080": "H100", "h200141": "H200", "h200nvl": "H200", "mi250x": "MI250"}
 # Left out of what was asked, so that the driver's own names do: "NVIDIA A100-SXM4-80GB".
 _DECORATION = re.compile(
     r"nvidia|geforce|tesla|amd|instinct|rtx|sxm\d?|pcie|hbm\d?e?|(?<=\d)gi?b?\b|[^a-z0-9]"

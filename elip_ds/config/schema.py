@@ -470,7 +470,7 @@ class CheckpointConfig:
     every: str = "1 epoch"
     "Interval between checkpoints, in epochs or samples."
     every_minutes: float | None = None
-    "Besides, whenever so much time has passed, looked at every ten steps; null: never."
+    "Besides, whenever so much time has passed, looked at every ten steps or seconds; null: never."
     keep: int = 2
     "How many of the newest checkpoints stay."
 

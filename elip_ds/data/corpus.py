@@ -16,7 +16,7 @@ from elip_ds.data.record import BadSample, BadShard
 from elip_ds.data.shards import Counted, Shard, ShardReader, count_samples, expand_shards
 from elip_ds.data.vocabulary import Vocabulary, read_vocabulary
 from elip_ds.data.vocabulary_files import load_vocabulary
-from elip_ds.errors import UserError
+from elip_ds.errors import PassingError, UserError
 from elip_ds.run import TOKENIZER, Run
 
 
@@ -66,7 +66,7 @@ def open_sources(config: DataConfig, run: Run) -> dict[str, list[Source]]:
                 except UserError as error:
                     found = error
                 except TimeoutError as error:
-                    found = UserError(
+                    found = PassingError(
                         f"{key}={entry.shards} cannot be listed: {error} (data.time_limit_seconds)"
                     )
             found = dist.gather_objects(found)[0]

@@ -22,9 +22,10 @@ from elip_ds.data.batch import Batch, Skipped, stable_hash
 from elip_ds.data.corpus import Source
 from elip_ds.data.order import Place, SampleOrder, rank_batches
 from elip_ds.data.pairs import PairDataset
+from elip_ds.data.record import PASSING
 from elip_ds.data.text import CaptionTokenizer
 from elip_ds.data.vocabulary import Vocabulary
-from elip_ds.errors import UserError
+from elip_ds.errors import PassingError, UserError
 from elip_ds.run import Run
 
 log = logging.getLogger(__name__)
@@ -66,21 +67,24 @@ class Intake:
                 self._met.add(skipped)
                 self._run.note_skipped(skipped.shard, skipped.key, skipped.reason)
         if self._run.world_size == 1:
-            self._check(self.read, self.bad.total())
+            self._check(self.read, self.bad.total(), self._passing)
         return batch
+
+    @property
+    def _passing(self) -> int:
+        return sum(count for (_, kind), count in self.bad.items() if kind in PASSING)
 
     def check(self) -> None:
         """Raises UserError on all ranks together when too much of what they read was bad. Every
         rank calls it.
         """
-        counts = torch.tensor([self.read, self.bad.total()], device=self._run.device)
-        read, bad = dist.sum_over_ranks(counts).tolist()
-        self._check(int(read), int(bad))
+        counts = torch.tensor([self.read, self.bad.total(), self._passing], device=self._run.device)
+        self._check(*dist.sum_over_ranks(counts).tolist())
 
-    def _check(self, read: int, bad: int) -> None:
+    def _check(self, read: int, bad: int, passing: int) -> None:
         if read >= MIN_READ and bad > self._max_bad_share * read:
             most = f"most often: {self._reasons.most_common(1)[0][0]}; " if self._reasons else ""
-            raise UserError(
+            raise (PassingError if 2 * passing > bad else UserError)(
                 f"{bad} of {read} samples read cannot be used, more than "
                 f"data.max_bad_share={self._max_bad_share}; {most}see {self._run.dir}/skipped.jsonl"
             )

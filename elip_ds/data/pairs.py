@@ -20,10 +20,10 @@ from elip_ds.data.corpus import Source, build_fetcher
 from elip_ds.data.decode import EncodedImage
 from elip_ds.data.headers import scan_once
 from elip_ds.data.order import Place
-from elip_ds.data.record import BadSample, BadShard, Record
+from elip_ds.data.record import PASSING, BadSample, BadShard, Record
 from elip_ds.data.shards import INDEX, Shard, ShardReader
 from elip_ds.data.text import CaptionTokenizer
-from elip_ds.errors import UserError
+from elip_ds.errors import PassingError, UserError
 
 OPEN_SHARDS = 32
 "Shards that one worker keeps open, or as many as are shuffled among each other if that is more."
@@ -126,7 +126,8 @@ class PairDataset(Dataset):
             else:
                 sample = (sample + 1) % source.size.samples
         last = skipped[-tries]
-        raise UserError(
+        passing = all(one.kind in PASSING for one in skipped[-tries:])
+        raise (PassingError if passing else UserError)(
             f"data: {tries} samples in a row of {source.name} cannot be used, "
             f"from {last.key or 'one'} of {last.shard} on ({last.reason})"
         )

@@ -31,6 +31,8 @@ KINDS = (
     "unreadable",  # the system says why
 )
 "The reasons that metrics tell apart."
+PASSING = ("missing", "slow", "unreadable")
+"Those that a file server, or a node without its mount, is to blame for."
 
 
 class BadSample(ValueError):

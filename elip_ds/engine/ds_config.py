@@ -28,7 +28,7 @@ KNOWN = {
     "comms_logger", "aio", "torch_autocast", "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer", "checkpoint", "csv_monitor", "tensorboard", "wandb", "comet",
     "compile", "disable_allgather", "sparse_gradients_enabled",
-    "seq_parallel_communication_data_type",
+    "seq_parallel_communication_data_type", "timers",
 }  # fmt: skip
 # What the project's own configuration decides, or what DeepSpeed has dropped.
 ELSEWHERE = {
@@ -157,8 +157,21 @@ def fill_ds_config(
     for name in PRECISIONS:
         full.setdefault(name, {})["enabled"] = name == precision
     zero = full.setdefault("zero_optimization", {"stage": 0})
-    if zero.get("overlap_comm") == "auto":
-        zero["overlap_comm"] = device.type == "cuda"
+    if precision == "fp16" and not zero.get("stage", 0):
+        # DeepSpeed then divides gradients by a loss scale that the loss was never multiplied by.
+        raise UserError(
+            "fp16 needs ZeRO stage 1, 2 or 3 (such as ds_configs/z1.json), as DeepSpeed does not "
+            "scale the loss at stage 0; or set engine.precision=bf16 or fp32"
+        )
+    if zero.get("overlap_comm") == "auto":  # a second bucket, of no use to a rank alone
+        zero["overlap_comm"] = device.type == "cuda" and plan.world_size > 1
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("pin_memory") == "auto":
+            zero[name]["pin_memory"] = device.type == "cuda"
+    if zero.get("stage", 0) < 3:
+        # It waits for the device twice a micro-batch. At stage 3 that waiting also keeps the next
+        # gathering from reading the twin's weights before they are written.
+        full.setdefault("timers", {"throughput": {"enabled": False}})
     _refuse_auto(full)
     return full
 
@@ -191,7 +204,7 @@ def _precision(tree: dict[str, Any], wanted: str, device: torch.device) -> str:
     elif device.type == "cpu":
         choice = "fp32"
     else:
-        choice = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         choice = "fp32" if fixed[choice] is False else choice
     if choice != "fp32" and fixed[choice] is False:
         raise UserError(

@@ -82,6 +82,7 @@ class Engine:
         self.operations: Operations | None = None
         "Where it is given, it counts what the steps compute."
         self._ahead: Prefetcher | None = None
+        self._side = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         self._optim = settle_optim(config.optim, plan.global_batch_size)
         self.ds_config = fill_ds_config(
             ds_tree, engine=config.engine, optim=self._optim, plan=plan, device=run.device
@@ -304,7 +305,7 @@ class Engine:
         return self.operations.of((self._keep_ratios, tuple(batch.input_ids.shape), kind))
 
     def _prefetch(self, batches: Iterator[Batch]) -> Prefetcher:
-        return Prefetcher(batches, self.run.device, self._dtype)
+        return Prefetcher(batches, self.run.device, self._dtype, self._side)
 
     @property
     def _dtype(self) -> torch.dtype:

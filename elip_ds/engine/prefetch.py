@@ -11,15 +11,22 @@ from elip_ds.data import Batch
 
 
 class Prefetcher:
-    """batches: from the host, pinned where a copy is to be asynchronous.
+    """batches: from the host, pinned where a copy is to be asynchronous.  side: the stream to copy
+    on, one for all that follow each other, as the allocator keeps memory for each stream apart;
+    None on a CPU.
 
     One batch more than is used lies on the device.
     """
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        device: torch.device,
+        dtype: torch.dtype,
+        side: torch.cuda.Stream | None,
+    ) -> None:
         self.batches = batches
-        self._device, self._dtype = device, dtype
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device, self._dtype, self._side = device, dtype, side
         self._coming: Batch | None = None
 
     def __iter__(self) -> Iterator[Batch]:

@@ -119,7 +119,10 @@ def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
     # The first step makes the optimizer's states and loads kernels, the second has both: what
     # comes once is there before anything is counted, and before the limit is drawn.
     watch.at("warm-up", micro_batch_size=job.sizes[0])
-    _run_steps(engine, repeat(random_batch(config, vocabulary, smallest)), WARM_UP_STEPS, watch)
+    first = repeat(random_batch(config, vocabulary, smallest))
+    _, applied = _run_steps(engine, first, WARM_UP_STEPS, watch)
+    if not applied:
+        raise RuntimeError("the step overflowed, so that nothing was seen of the optimizer")
     watch.where["starting"] = False
     watch.memory.settle()
     if job.limit_bytes is not None:
@@ -129,11 +132,12 @@ def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
     for size in job.sizes:
         engine.use(Plan(size, job.accumulation, ranks.world_size))
         started = time.perf_counter()
+        watch.where["starting"] = config.engine.compile  # again for each size, in silence
         watch.at("forward", micro_batch_size=size, step=0)
         longest = random_batch(config, vocabulary, size)
         watch.memory.reset()
         watch.peaks.clear()
-        stream = _run_steps(engine, _batches(job, longest, config, vocabulary), job.steps, watch)
+        stream, _ = _run_steps(engine, _batches(job, longest, config, vocabulary), job.steps, watch)
         if job.evaluate and size == job.sizes[-1]:
             watch.at("forward")
             pairs: Any = _Pairs(random_batch(config, vocabulary, config.eval.batch_size))
@@ -153,13 +157,16 @@ def run_trial(job: TrialJob, ranks: dist.Ranks, watch: Watch) -> None:
     dist.stop()
 
 
-def _run_steps(engine: Engine, batches: Iterator[Batch], steps: int, watch: Watch) -> Any:
+def _run_steps(
+    engine: Engine, batches: Iterator[Batch], steps: int, watch: Watch
+) -> tuple[Any, bool]:
+    """Steps, 1 or more. Returns what stands for a loader, and whether the last step was applied."""
     stream: Any = _Stream(batches)
     for step in range(steps):
         watch.at("forward", step=step)
         engine.samples_seen = SAMPLES_SEEN
-        engine.train_step(stream)
-    return stream
+        record = engine.train_step(stream)
+    return stream, record.applied
 
 
 def _worst_case(job: TrialJob) -> Config:
@@ -186,7 +193,15 @@ def _build_engine(
     seed_everything(run.seed)
     task = build_pretrain(config, vocabulary)
     plan = Plan(job.sizes[0], job.accumulation, ranks.world_size)
-    return Engine(config, job.deepspeed, task, plan, run)
+    return Engine(config, _unscaled(job.deepspeed), task, plan, run)
+
+
+def _unscaled(tree: dict[str, Any]) -> dict[str, Any]:
+    """Without a loss scale that looks for its value: steps that overflow, as the first ones of fp16
+    do, are skipped, and the optimizer would have no states when memory is measured.
+    """
+    fp16 = tree.get("fp16", {}) | {"loss_scale": 1}
+    return tree | {"fp16": fp16} if tree.get("fp16", {}).get("enabled", "auto") else tree
 
 
 def _batches(

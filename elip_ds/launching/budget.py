@@ -1,5 +1,6 @@
 """How much of this machine's memory one rank has for a model and its steps."""
 
+import time
 from dataclasses import dataclass, replace
 
 import psutil
@@ -8,12 +9,15 @@ from elip_ds.batching.devices import KAPPA, OUTSIDE_BYTES, find_device
 from elip_ds.batching.sizes import show_bytes
 from elip_ds.config import Config
 from elip_ds.config.schema import BatchingConfig
-from elip_ds.launching.limits import Limit, cuda_budget, host_limits, read_gpus, visible_gpus
+from elip_ds.launching.endings import DeviceBusy
+from elip_ds.launching.limits import Limit, cuda_budget, host_limits, read_gpus
 from elip_ds.launching.loaders import loader_bytes
 
 HEADROOM = {"cpu": 0.05, "cuda": 0.06}
 "Share of the memory that is left free, where nothing else is said; see left_free."
 HEADROOM_BYTES = {"cpu": 0, "cuda": 2**30}
+ENDING_SECONDS = 20.0
+"For the processes of an earlier start to give a device's memory back."
 REPEATS = {"cpu": 2 * 2**20, "cuda": 0}
 """Bytes by which peaks of one and the same batch differ from start to start, always left free:
 up to 1 MiB was seen on a CPU, and a sample more or less is soon as small as that."""
@@ -55,8 +59,7 @@ def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
         known = find_device(batching.device_memory)
         given = known.memory_bytes
     if device == "cuda":
-        gpus = visible_gpus(read_gpus())
-        limit, name = cuda_budget(local_ranks, gpus, given), gpus[0].name
+        limit, name = _once_free(local_ranks, given)
         outside, kappa = OUTSIDE_BYTES, KAPPA
     else:
         limits, name = host_limits(local_ranks, given_bytes=given), "cpu"
@@ -72,6 +75,21 @@ def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
         limit = replace(limit, bytes=_steady(limit.bytes))
     free = left_free(batching, limit.bytes - outside, device)
     return Memory(name, limit, free, outside, kappa, share)
+
+
+def _once_free(ranks: int, given_bytes: int | None) -> tuple[Limit, str]:
+    """What a rank has of its device, and the device's name, waiting a little for processes of the
+    start before this one to end.
+    """
+    end = time.monotonic() + ENDING_SECONDS
+    while True:
+        gpus = read_gpus()
+        try:
+            return cuda_budget(ranks, gpus, given_bytes), gpus[0].name
+        except DeviceBusy:
+            if time.monotonic() > end:
+                raise
+        time.sleep(1)
 
 
 def left_free(batching: BatchingConfig, usable_bytes: int, device: str) -> int:

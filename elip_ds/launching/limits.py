@@ -8,6 +8,7 @@ import csv
 import os
 import resource
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +160,40 @@ class Gpu:
 
 
 def read_gpus() -> list[Gpu]:
-    """Those of this node that CUDA may use. Raises DeviceBusy when nvidia-smi does not tell."""
-    return visible_gpus(parse_gpus(_ask(_QUERY_GPUS), _ask(_QUERY_PROCESSES)))
+    """Those of this node that CUDA may use: by nvidia-smi or, where that is missing or knows no
+    part of a GPU (MIG), by a process of torch's, whose own context then counts as used. Raises
+    DeviceBusy when neither tells.
+    """
+    try:
+        return visible_gpus(parse_gpus(_ask(_QUERY_GPUS), _ask(_QUERY_PROCESSES)))
+    except DeviceBusy:
+        gpus = _gpus_by_torch()
+        if not gpus:
+            raise
+        return gpus
+
+
+_BY_TORCH = """
+import torch
+for i in range(torch.cuda.device_count()):
+    free, total = torch.cuda.mem_get_info(i)
+    print(i, free, total, torch.cuda.get_device_name(i))
+"""
+
+
+def _gpus_by_torch() -> list[Gpu]:
+    """In a process of its own: a context would stay in this one."""
+    try:
+        told = subprocess.run(
+            [sys.executable, "-c", _BY_TORCH], capture_output=True, text=True, timeout=120
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.split(maxsplit=3) for line in told.splitlines()]
+    return [
+        Gpu(int(i), "", name, int(total), int(total) - int(free), int(free))
+        for i, free, total, name in rows
+    ]
 
 
 def parse_gpus(gpus: str, processes: str) -> list[Gpu]:

@@ -74,9 +74,11 @@ def run_ranks(
 def _as_rank(environ: Mapping[str, str], rank: int, ranks: int, port: int) -> dict[str, str]:
     # As training shares the cores (run.py): threads take memory, too.
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
+    # torchrun's word that a store is there already, which these ranks would wait for.
+    ours = {k: v for k, v in environ.items() if not k.startswith("TORCHELASTIC_")}
     return {
         **threads,
-        **environ,
+        **ours,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),

@@ -25,7 +25,7 @@ from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
 from elip_ds.launching.advice import advice
 from elip_ds.launching.budget import REPEATS, Memory, beside_loader, node_memory
-from elip_ds.launching.endings import DoesNotFit
+from elip_ds.launching.endings import DeviceBusy, DoesNotFit
 from elip_ds.launching.facts import memory_facts
 from elip_ds.launching.forecast import Forecast
 from elip_ds.launching.limits import host_budget
@@ -81,7 +81,12 @@ def answer_for_node(node: Node, cache: Cache | None = None) -> dict[str, Any]:
     total = inf if node.asked[0] == "auto" else int(node.asked[0])
     optim = choose_optimizer(node.config.optim, total)
     node = replace(node, config=replace(node.config, optim=optim))
-    memory = node_memory(node.config, node.local_ranks, node.device)
+    try:
+        memory = node_memory(node.config, node.local_ranks, node.device)
+    except DeviceBusy as error:
+        if node.asked[1] == "auto":
+            raise
+        return _unchecked(int(node.asked[1]), str(error))
     answer: dict[str, Any] = {"memory": asdict(memory) | {"budget_bytes": memory.budget_bytes}}
     if node.asked[1] != "auto":
         answer |= _given(node, memory, cache)
@@ -192,6 +197,19 @@ def _forecast(node: Node, cache: Cache, accumulates: bool) -> Forecast:
         accumulation=2 if accumulates else 1,
         cache=cache,
     )
+
+
+def _unchecked(micro_batch_size: int, why: str) -> dict[str, Any]:
+    """A number that was given is obeyed even where nobody can say what there is."""
+    warning = f"{why}; micro-batch {micro_batch_size} is taken as given, unchecked"
+    return {
+        "largest": micro_batch_size,
+        "source": "given",
+        "told": "as given, unchecked",
+        "tight": False,
+        "verified": False,
+        "warnings": [warning],
+    }
 
 
 def _given(node: Node, memory: Memory, cache: Cache) -> dict[str, Any]:

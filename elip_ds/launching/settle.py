@@ -22,7 +22,7 @@ from elip_ds.engine import json_batch
 from elip_ds.engine.heap import return_at_once
 from elip_ds.engine.out_of_memory import answers_of, ran_out_of_memory
 from elip_ds.engine.schedule import settle_optim
-from elip_ds.errors import UserError
+from elip_ds.errors import PassingError, UserError
 from elip_ds.launching.limits import count_oom_kills
 from elip_ds.launching.node import Node, answer_for_node, stretches
 from elip_ds.run import CONFIG, PLAN, Run, hold_folder, list_checkpoints, open_run
@@ -48,7 +48,8 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
     if resumes and config.batching.hetero == "common":
         check_ranks(int(asked[0]), asked[1], run.world_size, min_micro_batch(config))
     leads = run.ranks.local_rank == 0
-    dist.leave_note(f"node-{run.rank}", {"name": dist.node_name(), "leads": leads})
+    about = {"name": dist.node_name(), "leads": leads, "device": run.device.type}
+    dist.leave_note(f"node-{run.rank}", about)
     if leads:
         dist.leave_note(f"answer-{run.rank}", _told(_answer, config, tree, run, asked))
     if run.first:
@@ -237,21 +238,28 @@ def _record(config: Config, plan: Plan, answers: dict[str, Any], device: str) ->
 def _nodes_of_ranks(run: Run) -> list[tuple[str, int]]:
     """Of every rank its node's name and first rank; a name that several nodes have gets that rank.
 
-    Raises UserError when a rank is missing.
+    Raises UserError when a rank is missing, or when some have a GPU and others have none.
     """
     nodes: list[tuple[str, int]] = []
+    by_device: dict[str, str] = {}
     for rank in range(run.world_size):
         try:
             note = dist.read_note(f"node-{rank}", 300)
         except TimeoutError:
             raise UserError(f"rank {rank} is missing; see its log") from None
         name = note["name"]
+        by_device.setdefault(note["device"], name)
         if note["leads"]:
             taken = any(name == other for other, _ in nodes)
             nodes.append((f"{name}-{rank}" if taken else name, rank))
         else:  # of nodes with one name the last to have begun
             own = [node for node in nodes if node[0] in (name, f"{name}-{node[1]}")]
             nodes.append(own[-1])
+    if len(by_device) > 1:
+        raise PassingError(
+            f"torch sees no GPU on {by_device['cpu']}, and one on {by_device['cuda']}: look at "
+            "nvidia-smi there, or do without that node (sbatch --exclude)"
+        )
     return nodes
 
 
@@ -320,6 +328,6 @@ def one_line(decision: dict[str, Any], answer: dict[str, Any]) -> str:
     return (
         f"batch: micro-batch {micro or decision['micro_batch_size']} x accumulation "
         f"{decision['gradient_accumulation_steps']} x {decision['world_size']} ranks = "
-        f"{decision['global_batch_size']}, peak learning rate {decision['peak_learning_rate']:.4g} "
-        f"({answer['told']})"
+        f"{decision['global_batch_size']} on {decision['device']}, "
+        f"peak learning rate {decision['peak_learning_rate']:.4g} ({answer['told']})"
     )

@@ -41,6 +41,8 @@ def start_from(task: Any, config: Any, paths: list[Path], tokenizer: Path | None
     a copy of the student; queues are taken over when their sizes agree.
     Raises UserError when a file does not fit, or lacks a weight that its kind has.
     """
+    if not paths:
+        log.info("model.init_from=[]: all weights start from random numbers")
     targets = {saved_name(name): p for name, p in task.named_parameters()}
     for path in paths:
         if not path.exists():

@@ -22,7 +22,9 @@ GIB = 2**30
         ("NVIDIA A100-SXM4-80GB", "A100-80"),
         ("h100-80g", "H100"),
         ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200"),
         ("AMD Instinct MI250X", "MI250"),
     ],
 )
@@ -35,7 +37,7 @@ def test_names_are_loose(text: str, name: str) -> None:
 @pytest.mark.parametrize("name", USABLE_GIB)
 def test_every_name_finds_itself_and_is_less_than_it_is_sold_as(name: str) -> None:
     device = find_device(name)
-    nominal = {"A5000": 24, "RTX 4090": 24, "H100": 80, "H200": 141, "MI250": 64}
+    nominal = {"A5000": 24, "RTX 4090": 24, "H100": 80, "H100 NVL": 94, "H200": 141, "MI250": 64}
     sold_as = nominal.get(name) or int(name.split("-")[1])
     assert 0.97 * sold_as < device.memory_bytes / GIB < sold_as
     assert not device.tested
@@ -43,7 +45,7 @@ def test_every_name_finds_itself_and_is_less_than_it_is_sold_as(name: str) -> No
 
 @pytest.mark.parametrize(
     "text",
-    ["A100", "B200", "GH200 480GB", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "H100 NVL", "cpu", ""],
+    ["A100", "B200", "GH200 480GB", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "H100 NVX", "cpu", ""],
 )
 def test_an_unknown_name_lists_the_known(text: str) -> None:
     with pytest.raises(UserError, match=r"batching\.device_memory=.*A100-40, A100-80.*cpu:16GiB"):

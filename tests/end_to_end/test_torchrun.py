@@ -12,8 +12,11 @@ from end_to_end.jobs import DEADLINE, ROOT, TRAIN, free_port
 pytestmark = pytest.mark.slow
 
 
-def test_two_nodes_of_torchrun_train_as_one_run(tmp_path, shared_scenes):
-    words = [*tiny_words("schedule.length=16 samples"), f"data.builtin.dir={shared_scenes}"]
+def test_two_nodes_of_torchrun_probe_and_train_as_one_run(tmp_path, shared_scenes):
+    words = [
+        *tiny_words("schedule.length=16 samples", "batching.probe=always"),
+        f"data.builtin.dir={shared_scenes}",
+    ]
     words += [f"run.dir={tmp_path}", "run.name=two", "run.on_finish=nothing"]
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node"]
     agent += ["1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]

@@ -18,12 +18,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PLAN = Plan(micro_batch_size=4, gradient_accumulation_steps=3, world_size=1)
 
 
-def fill(tree: dict, *, precision: str = "auto", clip: float = 0.0, device=CPU) -> dict:
+def fill(
+    tree: dict, *, precision: str = "auto", clip: float = 0.0, device=CPU, plan: Plan = PLAN
+) -> dict:
     return fill_ds_config(
         tree,
         engine=EngineConfig(precision=precision),
         optim=OptimConfig(clip_norm=clip),
-        plan=PLAN,
+        plan=plan,
         device=device,
     )
 
@@ -57,8 +59,10 @@ def test_deepspeed_reads_a_filled_file_as_it_was_meant(path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_only_a_gpu_overlaps_communication(path):
-    full = fill(read_ds_config(str(path)), precision="bf16", device=CUDA)
+    tree, two = read_ds_config(str(path)), Plan(4, 1, 2)
+    full = fill(tree, precision="bf16", device=CUDA, plan=two)
     assert full["zero_optimization"].get("overlap_comm") in (None, True)
+    assert not fill(tree, plan=two)["zero_optimization"].get("overlap_comm")
 
 
 @pytest.mark.parametrize(
@@ -130,14 +134,40 @@ def test_an_empty_file_is_plain_data_parallel_training():
 def test_precision_is_what_json_config_and_device_agree_on(
     monkeypatch, bf16, fp16, wanted, gpu, runs
 ):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: gpu)
-    tree = {"bf16": {"enabled": bf16}, "fp16": {"enabled": fp16}}
+    # Where it can only be emulated, it is too slow to be of use.
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu or including_emulation
+    )
+    zero = {"zero_optimization": {"stage": 1}}
+    tree = {"bf16": {"enabled": bf16}, "fp16": {"enabled": fp16}} | zero
     device = CPU if gpu is None else CUDA
     if runs is UserError:
         with pytest.raises(UserError):
             fill(tree, precision=wanted, device=device)
     else:
         assert enabled(fill(tree, precision=wanted, device=device)) == runs
+
+
+def test_fp16_without_zero_is_refused_as_its_loss_would_not_be_scaled():
+    for tree in ({}, {"zero_optimization": {"stage": 0}}):
+        with pytest.raises(UserError, match="fp16 needs ZeRO stage 1, 2 or 3"):
+            fill(tree, precision="fp16", device=CUDA)
+
+
+def test_nothing_is_timed_by_waiting_for_the_device_but_at_stage_3():
+    for stage in range(4):
+        full = fill({"zero_optimization": {"stage": stage}})
+        assert ("timers" in full) == (stage < 3)
+    given = {"timers": {"throughput": {"enabled": True}}}
+    assert fill(given)["timers"] == given["timers"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_one_gpu_has_nobody_to_overlap_with(path):
+    full = fill(read_ds_config(str(path)), precision="bf16", device=CUDA, plan=Plan(4, 1, 1))
+    assert not full["zero_optimization"].get("overlap_comm")
+    offload = full["zero_optimization"].get("offload_optimizer", {})
+    assert offload.get("pin_memory") in (None, True)
 
 
 TOTAL, MICRO, STEPS = (

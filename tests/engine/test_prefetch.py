@@ -39,7 +39,7 @@ def test_on_a_cpu_it_passes_batches_through_and_takes_none_ahead(dtype):
             taken.append(seed)
             yield host_batch(seed)
 
-    ahead = Prefetcher(source(), CPU, dtype)
+    ahead = Prefetcher(source(), CPU, dtype, None)
     assert taken == []
     for seed, batch in enumerate(ahead):
         assert taken == list(range(seed + 1))
@@ -54,11 +54,11 @@ def test_the_end_of_the_batches_is_the_end_and_a_fault_comes_through():
         yield host_batch(0)
         raise RuntimeError("unreadable")
 
-    ahead = Prefetcher(iter([host_batch(0)]), CPU, torch.float32)
+    ahead = Prefetcher(iter([host_batch(0)]), CPU, torch.float32, None)
     next(ahead)
     with pytest.raises(StopIteration):
         next(ahead)
-    ahead = Prefetcher(broken(), CPU, torch.float32)
+    ahead = Prefetcher(broken(), CPU, torch.float32, None)
     next(ahead)
     with pytest.raises(RuntimeError, match="unreadable"):
         next(ahead)
@@ -76,7 +76,10 @@ def test_on_a_gpu_batches_arrive_whole_while_the_device_is_busy(cuda):
     """Memory that the other stream handed on is not reused before the present one has read it."""
     count, size, side = 24, 32, 224
     ahead = Prefetcher(
-        (host_batch(seed, size, side).pin_memory() for seed in range(count)), cuda, torch.bfloat16
+        (host_batch(seed, size, side).pin_memory() for seed in range(count)),
+        cuda,
+        torch.bfloat16,
+        torch.cuda.Stream(cuda),
     )
     work = torch.randn(4096, 4096, device=cuda)
     sums = []
@@ -104,7 +107,7 @@ def test_on_a_gpu_one_batch_is_taken_ahead_when_told_to(cuda):
     def random_host(seed):
         return host_batch(seed).pin_memory()
 
-    ahead = Prefetcher(source(), cuda, torch.float32)
+    ahead = Prefetcher(source(), cuda, torch.float32, torch.cuda.Stream(cuda))
     first = next(ahead)
     assert taken == [0] and first.images.device.type == "cuda"
     ahead.start_next()

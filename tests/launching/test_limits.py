@@ -126,6 +126,14 @@ GPUS = """\
 """
 
 
+TORCH = f"""
+class cuda:
+    device_count = staticmethod(lambda: 1)
+    mem_get_info = staticmethod(lambda i: ({19 * GIB}, {20 * GIB}))
+    get_device_name = staticmethod(lambda i: "NVIDIA A100-SXM4-40GB MIG 3g.20gb")
+"""
+
+
 def test_the_fullest_free_device_that_a_rank_uses_binds():
     gpus = visible_gpus(parse_gpus(GPUS, ""), {"CUDA_VISIBLE_DEVICES": "GPU-ccc,0"})
     assert [gpu.index for gpu in gpus] == [2, 0]
@@ -156,6 +164,16 @@ def test_memory_that_nobody_tells_is_an_error():
 def test_a_part_of_a_device_is_not_taken_for_the_whole():
     with pytest.raises(DeviceBusy, match="MIG-1 is none of 0"):
         visible_gpus(parse_gpus(GPUS, ""), {"CUDA_VISIBLE_DEVICES": "MIG-1"})
+
+
+def test_where_nvidia_smi_does_not_tell_torch_is_asked(monkeypatch, tmp_path):
+    """Containers may lack it, and it tells nothing of a part of a GPU."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "torch.py").write_text(TORCH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (gpu,) = read_gpus()
+    assert (gpu.index, gpu.name) == (0, "NVIDIA A100-SXM4-40GB MIG 3g.20gb")
+    assert (gpu.total_bytes, gpu.free_bytes, gpu.used_bytes) == (20 * GIB, 19 * GIB, GIB)
 
 
 def test_a_missing_nvidia_smi_is_one_line(monkeypatch, tmp_path):

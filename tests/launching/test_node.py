@@ -14,7 +14,7 @@ from elip_ds.config import load_config
 from elip_ds.engine.out_of_memory import OOM_FOLDER
 from elip_ds.launching import node as module
 from elip_ds.launching.budget import Memory, beside_loader
-from elip_ds.launching.endings import DoesNotFit
+from elip_ds.launching.endings import DeviceBusy, DoesNotFit
 from elip_ds.launching.limits import Limit
 from elip_ds.launching.loaders import loader_bytes
 from elip_ds.launching.node import Node, answer_for_node, stretches
@@ -153,6 +153,21 @@ def test_beside_a_gpu_a_loader_larger_than_the_nodes_memory_is_worth_a_word(make
         monkeypatch.setattr(module, "host_budget", lambda ranks, there=there: Limit("a", there))
         assert len(module._host_warnings(node, 32)) == warned
     assert module._host_warnings(replace(node, device="cpu"), 32) == []
+
+
+def test_a_given_micro_batch_is_obeyed_on_a_device_that_nobody_tells_of(make, cache, monkeypatch):
+    def busy(*_):
+        raise DeviceBusy("GPU 0: 2.00 GiB held by pid 7")
+
+    nodes = [make(asked=(64, micro)) for micro in (8, "auto")]
+    monkeypatch.setattr(module, "node_memory", busy)
+    answer = answer_for_node(nodes[0], cache)
+    assert (answer["largest"], answer["told"]) == (8, "as given, unchecked")
+    assert answer["warnings"] == [
+        "GPU 0: 2.00 GiB held by pid 7; micro-batch 8 is taken as given, unchecked"
+    ]
+    with pytest.raises(DeviceBusy):
+        answer_for_node(nodes[1], cache)
 
 
 @pytest.mark.slow

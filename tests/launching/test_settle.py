@@ -9,7 +9,7 @@ from conftest import tiny_words
 from elip_ds import dist
 from elip_ds.batching import Plan
 from elip_ds.config import changed_keys, dump_config, load_config
-from elip_ds.errors import UserError
+from elip_ds.errors import PassingError, UserError
 from elip_ds.launching import settle
 from elip_ds.launching.settle import check_ranks, decide_plan, settle_batch
 from elip_ds.run import Run, open_run
@@ -63,13 +63,24 @@ def test_every_rank_has_its_nodes_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "_notes", {})
     dealt = [("a", True), ("b", True), ("a", False), ("b", True), ("b", False), ("a", False)]
     for rank, (name, leads) in enumerate(dealt):
-        dist.leave_note(f"node-{rank}", {"name": name, "leads": leads})
+        dist.leave_note(f"node-{rank}", {"name": name, "leads": leads, "device": "cpu"})
         dist.leave_note(f"answer-{rank}", {"largest": rank})
     run = Run(dist.Ranks(0, 0, len(dealt), 1, torch.device("cpu")), tmp_path, 1)
     nodes = settle._nodes_of_ranks(run)
     assert [first for _, first in nodes] == [0, 1, 0, 3, 3, 0]
     found = {name: answer["largest"] for name, answer in settle._answers(nodes).items()}
     assert found == {"a": 0, "b": 1, "b-3": 3}
+
+
+def test_a_node_whose_gpus_are_gone_is_named(tmp_path, monkeypatch):
+    """Its ranks would wait for the others in a group of another kind."""
+    monkeypatch.setattr(dist, "_notes", {})
+    for rank, device in enumerate(["cuda", "cuda", "cpu"]):
+        name = f"n{rank}"
+        dist.leave_note(f"node-{rank}", {"name": name, "leads": True, "device": device})
+    run = Run(dist.Ranks(0, 0, 3, 1, torch.device("cuda", 0)), tmp_path, 1)
+    with pytest.raises(PassingError, match="torch sees no GPU on n2, and one on n0"):
+        settle._nodes_of_ranks(run)
 
 
 def test_a_batch_that_no_micro_batch_makes_names_the_nearest(config):
