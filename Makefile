@@ -6,7 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test test-fast test-slow check format clean dashboards-demo
+.PHONY: venv train test test-fast test-slow check format clean dashboards-demo
+
+venv: $(VENV)/.train
 
 train: $(VENV)/.train
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed elip_ds/train.py --deepspeed ds_configs/z2.json $(ARGS)

@@ -105,6 +105,11 @@ class Run:
         return self.ranks.local_rank == 0
 
     @property
+    def resumes(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return bool(list_checkpoints(self.dir / "ckpt"))
+
+    @property
     def stopping(self) -> bool:
         """True on all ranks, or on none, once agree_to_stop has heard of a signal."""
         return self._stopping
@@ -209,6 +214,12 @@ def open_run(config: Config) -> Run:
         config.run.seed,
         save_every_seconds=None if minutes is None else 60 * minutes,
     )
+    seen = torch.cuda.device_count()
+    if run.first_on_node and "SLURM_PROCID" in os.environ and seen > ranks.local_world_size:
+        log.warning(
+            "%s: %d of its %d GPUs are used; give sbatch --ntasks-per-node=%d",
+            *(dist.node_name(), ranks.local_world_size, seen, seen),
+        )
     problem = _claim_folder(run, config)  # before joining, so that a refusal takes no rendezvous
     if problem:
         raise UserError(problem)
@@ -225,13 +236,15 @@ def hold_folder(folder: Path) -> None:
 
     They would remove each other's checkpoints and probes. By a lock of a whole file, of which NFS
     knows on all nodes; where a file system has none, nothing is kept out. A start before this one,
-    as of a job that was requeued, may still be ending. Raises UserError.
+    as of a job that was requeued, may still be ending; where it never does, as on a node that is
+    lost, its lock is not waited for. Raises UserError.
     """
     try:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError:
         return  # the first file that matters will say why
     end = time.monotonic() + LOCK_SECONDS
+    job, start = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
     while True:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -242,10 +255,14 @@ def hold_folder(folder: Path) -> None:
             break
         if time.monotonic() > end:
             holder = os.pread(handle, 200, 0).decode(errors="replace")
+            whose, _, holders_start = holder.partition(", start ")
+            if job and whose.endswith(f", job {job}") and holders_start != start:
+                log.warning("the lock of %s is still held by %s; going on", folder, holder)
+                return
             raise UserError(f"run.dir: {folder} is in use by {holder}; choose another run.name")
         time.sleep(0.2)
-    job = os.environ.get("SLURM_JOB_ID", "")
-    told = f"process {os.getpid()} on {dist.node_name()}" + (f", job {job}" if job else "")
+    told = f"process {os.getpid()} on {dist.node_name()}"
+    told += f", job {job}, start {start}" if job else ""
     with suppress(OSError):  # a full disk
         os.ftruncate(handle, 0)
         os.pwrite(handle, told.encode(), 0)

@@ -1,13 +1,18 @@
 # What the scripts beside it share; sourced inside a job, in the repository's folder.
-set -uo pipefail
 
-if [ -d .venv ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
+# The site's modules may bring a python of their own, so .venv's comes before it, unless the site's
+# lines have activated another one.
+active=${VIRTUAL_ENV:-}
 if [ -f slurm/site.env ]; then . slurm/site.env; fi
+if [ -d .venv ] && [ "${VIRTUAL_ENV:-}" = "$active" ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
+set -uo pipefail    # not before: modules and conda read variables that are not set
 MAX_TRIES=${MAX_TRIES:-20}                 # failures of a job, of which the last one ends it
+STUCK_AFTER=${STUCK_AFTER:-3}              # failures at one and the same checkpoint, likewise
 EXCLUDE_AFTER=${EXCLUDE_AFTER:-2}          # failures of a node, until the job does without it
 STALL_SECONDS=${STALL_SECONDS:-3600}       # without a step: longer than any evaluation or save
 LINGER_SECONDS=${LINGER_SECONDS:-60}       # until all are killed, once the first task has ended
 DEEPSPEED=${DEEPSPEED:-ds_configs/z2.json}
+WRAP=${WRAP:-}                             # words before each rank's command: a container's
 
 # One element of an array, of which the last has the number of them all.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -20,15 +25,22 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:-${address:-$first}}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 7919 * start) % 12000))}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+cpus=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / ${SLURM_NTASKS_PER_NODE:-1}))}
+if [ "$cpus" -lt 1 ]; then cpus=1; fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 # Each task keeps to its cores, and so to the memory beside them, where the cluster can do that.
 case $(scontrol show config | sed -n 's/^TaskPlugin *= //p') in
     *affinity*) export SLURM_CPU_BIND=${SLURM_CPU_BIND:-cores} ;;
 esac
+# Neighbours on a socket, as GPUs are; Slurm would deal them out in turn.
+export SLURM_DISTRIBUTION=${SLURM_DISTRIBUTION:-block:block}
+# Nodes may be of several kinds, and what is compiled for one runs on no other: not in the home.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${TMPDIR:-/tmp}/torch_extensions_$UID}
+ulimit -Sc 0    # no core file of every rank when a collective is given up
 
 # The signal ahead of the time limit comes to this script alone: one that enters a step reaches every
 # process of it, compilers and loaders' workers too. Rank 0 runs on this node and sees the file.
-folder=$(mktemp -d)
+folder=$(mktemp -d) || folder=$(mktemp -d -p "$PWD" .job-XXXXXX) || exit
 export ELIP_STOP_FILE=$folder/stop ELIP_BEAT_FILE=$folder/beat
 trap 'say "the time is nearly over: asking the ranks to save"; : > "$ELIP_STOP_FILE"' USR2
 trap 'rm -rf "$folder"' EXIT
@@ -55,8 +67,9 @@ step() {
     # status shall be theirs. srun does not take --cpus-per-task over from the job. It runs in the
     # background, because a trap waits for what runs in the foreground. What it says is kept.
     {
-        srun --kill-on-bad-exit=0 --wait="$LINGER_SECONDS" \
-            --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" 2>&1 >&3 | tee "$folder/said" >&2
+        # shellcheck disable=SC2086    # WRAP is words
+        srun --export=ALL --kill-on-bad-exit=0 --wait="$LINGER_SECONDS" \
+            --cpus-per-task="$cpus" $WRAP "$@" 2>&1 >&3 | tee "$folder/said" >&2
     } 3>&1 &
     watch_step $! "$SLURM_JOB_ID.$steps"
     steps=$((steps + 1))
@@ -109,7 +122,9 @@ train() {
             exit
             ;;
     esac
-    if [ "$status" = 2 ]; then exit 2; fi    # refused: it would be refused again
+    # Refused: it would be refused again. Where a start of this job was not, and saved, it is the
+    # node or a file system.
+    if [ "$status" = 2 ] && { [ "$start" = 0 ] || [ "$(told 2)" = none ]; }; then exit 2; fi
     if [ "$status" = 0 ]; then status=1; fi
     recover "$status" || exit
     exit "$status"
@@ -128,12 +143,19 @@ again() {
     fi
 }
 
-# recover STATUS: after a failure start again, but only from a newer checkpoint than this start began
-# with, or with a smaller micro-batch, and not for ever. Which node failed first stays in the run's
-# folder. 75 where Slurm will not.
+# nodes_but NODES: how many others the partition has, up or down.
+nodes_but() {
+    sinfo --noheader --partition="$SLURM_JOB_PARTITION" --Node --format=%N | sort -u |
+        grep -cvxF -f <(scontrol show hostnames "$1")
+}
+
+# recover STATUS: after a failure start again, but only from a checkpoint, or with a smaller
+# micro-batch, and not for ever. Which node failed first stays in the run's folder. 75 where Slurm
+# will not.
 recover() {
-    local run node='' failures others exclude='' short=''
+    local run node='' failures others exclude='' short='' latest
     run=$(told 1)
+    latest=$(cat "$run/ckpt/latest" 2> /dev/null || echo none)
     # A rank whose memory ran out says so there, and on which answers of the launcher its batch was
     # built: then the next start takes fewer samples at once.
     if [ -n "$run" ]; then
@@ -143,21 +165,30 @@ recover() {
     if grep -q "oom.kill event" "$folder/said"; then
         say "the kernel ended a rank or a loader's worker: ask for more memory, or lower data.workers"
     fi
-    if [ -z "$run" ] || { [ -z "$short" ] &&
-        [ "$(cat "$run/ckpt/latest" 2> /dev/null || echo none)" = "$(told 2)" ]; }; then
-        say "failed with status $1, and no checkpoint since the start: not starting again"
+    if [ -z "$run" ]; then
+        say "failed with status $1 before any rank had opened the run's folder: not starting again"
+        return
+    fi
+    if [ -z "$short" ] && [ "$latest" = none ]; then
+        say "failed with status $1, and there is no checkpoint: not starting again"
         return
     fi
     failures=$run/failures-$job
     # Not where a node never answered: srun names only those whose ranks have lost their peer by it.
     if [ -n "$short" ]; then
         node=memory
-    elif ! grep -q "^srun: error: Timed out waiting for job step" "$folder/said"; then
+    elif ! grep -q -e "^srun: error: Timed out waiting for job step" \
+        -e "collective operation timeout" -e "Timed out waiting [0-9]*ms" "$folder/said"; then
         node=$(sed -n 's/^srun: error: \([^ :]*\): tasks\{0,1\} .*/\1/p' "$folder/said" | head -n 1)
     fi
-    echo "${node:-unknown} $(date +%FT%T) start $start status $1" >> "$failures"
+    echo "${node:-unknown} $(date +%FT%T) start $start status $1 at $latest" >> "$failures"
     if [ "$(wc -l < "$failures")" -ge "$MAX_TRIES" ]; then
         say "failed with status $1, $MAX_TRIES times by now: not starting again"
+        return
+    fi
+    if [ -z "$short" ] && [ "$(grep -v '^memory ' "$failures" | tail -n "$STUCK_AFTER" |
+        grep -c " at $latest\$")" -ge "$STUCK_AFTER" ]; then
+        say "failed with status $1, for the $STUCK_AFTER. time from $latest: not starting again"
         return
     fi
     if [ -n "$short" ]; then
@@ -169,7 +200,12 @@ recover() {
         others=$(scontrol show job "$job" --oneliner | sed -n 's/.* ExcNodeList=\([^( ]*\).*/\1/p')
         exclude=$node${others:+,$others}
         say "$node failed first in $EXCLUDE_AFTER starts of this job ($failures): doing without it"
+        # Slurm would hold the job for good.
+        if [ "$(nodes_but "$exclude")" -lt "$SLURM_JOB_NUM_NODES" ]; then
+            say "no, $SLURM_JOB_PARTITION has too few others: look at $node, or give the job fewer"
+            exclude=''
+        fi
     fi
-    say "failed with status $1${node:+, $node first}: starting again from $(cat "$run/ckpt/latest")"
+    say "failed with status $1${node:+, $node first}: starting again from $latest"
     again "$exclude"
 }

@@ -14,7 +14,7 @@ all-reduce, which is both. DeepSpeed 0.19 as ds_configs sets it:
              threshold, which stay whole from forward to backward while the reuse distance spans
              the model, and once those below it, of the twin twice: by DeepSpeed and by us
     always   A gathers of W B 2 E features in fp32, and of few bytes: the words' count of each
-             micro-batch, the norm, and every ten steps flags and counts
+             micro-batch, the norm, and every ten steps or seconds flags and counts
 
 `bench_scaling.py` holds this to counters.
 """

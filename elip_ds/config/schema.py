@@ -514,7 +514,7 @@ class EvalConfig:
 class MetricsConfig:
     every: str = "1024 samples"
     "Interval between lines in the log, in metrics.jsonl and in the endpoint's values."
-    port: int | None = 9400
+    port: int | None = 19400
     "Port of each node's Prometheus endpoint, the next free one if taken; null: none."
     address: str = "127.0.0.1"
     "Address that endpoints listen on: loopback, a cluster interface's, or 0.0.0.0 for all."

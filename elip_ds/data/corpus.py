@@ -41,6 +41,21 @@ def build_fetcher(config: DataConfig) -> Fetcher:
     return Fetcher(config.cache, Patience(config.time_limit_seconds), config.retries)
 
 
+def check_inputs(config: DataConfig) -> None:
+    """Raises UserError for shards or a vocabulary that are not there; counts and reads no sample.
+
+    What does not answer in time is left to open_sources.
+    """
+    patience = build_fetcher(config).patience
+    for split, entries in (("train", config.train), ("val", config.val)):
+        for entry in entries:
+            if entry.shards != "builtin":
+                with suppress(TimeoutError):
+                    patience(expand_shards, entry.shards, f"data.{split}")
+    if config.vocabulary != "auto":
+        load_vocabulary(config.vocabulary, config.tokenizer, Path(config.root))
+
+
 def open_sources(config: DataConfig, run: Run) -> dict[str, list[Source]]:
     """The sources of both splits, counted by one rank for all. Raises UserError for a missing or
     empty one.

@@ -12,6 +12,8 @@ import elip_ds
 from elip_ds.errors import UserError
 from elip_ds.launching.local_ranks import free_port
 
+ALLOCATION_STEPS = ("batch", "4294967291", "4294967290")
+"Slurm's names for the steps of a batch script and of a shell under salloc: not of srun's tasks."
 TRAIN = Path(elip_ds.__file__).parent / "train.py"
 
 
@@ -33,7 +35,7 @@ def training_command(
 
     Raises UserError where there is no launcher.
     """
-    if "SLURM_JOB_ID" in env and env.get("SLURM_STEP_ID", "batch") == "batch":
+    if "SLURM_JOB_ID" in env and env.get("SLURM_STEP_ID", "batch") in ALLOCATION_STEPS:
         return _srun(settings, ranks, env)
     words = [_find("deepspeed")]
     if ranks is not None:

@@ -25,7 +25,7 @@ from elip_ds.engine.schedule import settle_optim
 from elip_ds.errors import PassingError, UserError
 from elip_ds.launching.limits import count_oom_kills
 from elip_ds.launching.node import Node, answer_for_node, stretches
-from elip_ds.run import CONFIG, PLAN, Run, hold_folder, list_checkpoints, open_run
+from elip_ds.run import CONFIG, PLAN, Run, hold_folder, open_run
 from elip_ds.tasks import min_micro_batch
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
     tree: the DeepSpeed JSON, as read_ds_config gave it.  Raises UserError, the same on all ranks.
     """
     asked = json_batch(tree, config.batching, run.world_size)
-    resumes = bool(list_checkpoints(run.dir / "ckpt"))
+    resumes = run.resumes
     if asked[0] == "auto" and (resumes or ran_out_of_memory(run.dir)):
         # The run goes on with the batch that it has, whatever this machine could hold.
         asked = read_config(run.dir / CONFIG).batching.global_batch_size, asked[1]

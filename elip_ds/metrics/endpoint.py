@@ -212,6 +212,7 @@ def first_free(address: str, port: int, handler: Any) -> Server:
 def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
+    partial.chmod(0o644)  # Prometheus is another user
     os.replace(partial, path)
 
 
@@ -237,6 +238,8 @@ class Notice:
     def clean(self) -> None:
         for path in self.folder.glob(f"elip-*{self._suffix}"):
             try:
+                if path.stat().st_uid != os.getuid():
+                    continue  # whose processes may not be seen from here
                 mark = read_mark(path)
                 here = mark["node"] == self.mark["node"]
                 same_run = mark["run_dir"] == self.mark["run_dir"]

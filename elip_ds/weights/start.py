@@ -1,7 +1,7 @@
 """model.init_from: weights into a task that no engine has touched yet."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,16 @@ def saved_name(name: str) -> str:
     return name.replace("teacher.model.", "teacher.", 1)
 
 
+def check_paths(paths: Sequence[Path]) -> None:
+    """Raises UserError for one that is not there."""
+    for path in paths:
+        if not path.exists():
+            raise UserError(
+                f"model.init_from: {path} cannot be read: No such file or directory; make it "
+                "first, name another, or set model.init_from=[] to start from nothing"
+            )
+
+
 @torch.no_grad()
 def start_from(task: Any, config: Any, paths: list[Path], tokenizer: Path | None = None) -> None:
     """Copy weights into a task, file by file in this order; of two for one tensor the last counts.
@@ -44,12 +54,8 @@ def start_from(task: Any, config: Any, paths: list[Path], tokenizer: Path | None
     if not paths:
         log.info("model.init_from=[]: all weights start from random numbers")
     targets = {saved_name(name): p for name, p in task.named_parameters()}
+    check_paths(paths)
     for path in paths:
-        if not path.exists():
-            raise UserError(
-                f"model.init_from: {path} cannot be read: No such file or directory; make it "
-                "first, name another, or set model.init_from=[] to start from nothing"
-            )
         source = open_source(path)
         source.report.check()
         _warn_of_activation(source, config)

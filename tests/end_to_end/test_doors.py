@@ -54,6 +54,14 @@ def test_bad_settings_are_one_line(refuse, words, says):
 
 
 @pytest.mark.parametrize(
+    "word", ["data.train=nowhere/*.tar", "data.vocabulary=nowhere.txt", "model.init_from=nowhere"]
+)
+def test_what_is_not_there_is_said_before_anything_is_measured(refuse, monkeypatch, word):
+    monkeypatch.setattr(train, "settle_batch", lambda *_: pytest.fail("it was measured"))
+    assert "nowhere" in refuse(word)
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ('{\n "zero_optimization": {"stage": 2,}\n}', "line 2, column"),

@@ -54,6 +54,12 @@ def test_inside_an_allocation_it_is_srun_at_the_first_nodes_address(programs):
     assert again.environ["MASTER_PORT"] != "20012"
 
 
+@pytest.mark.parametrize("step", ["batch", "4294967290", "4294967291"])
+def test_a_shell_under_salloc_is_the_allocation_and_no_step_of_ranks(programs, step):
+    env = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_STEP_ID": step}
+    assert training_command(SETTINGS, None, env).words[0] == str(programs / "srun")
+
+
 def test_inside_a_step_of_its_own_it_starts_ranks_on_this_node():
     env = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0"}
     assert Path(training_command(SETTINGS, 2, env).words[0]).name == "deepspeed"

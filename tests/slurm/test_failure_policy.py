@@ -92,6 +92,73 @@ def test_after_a_checkpoint_it_starts_again_without_the_node_that_failed(jobs: J
     assert jobs.log.count("probed") == 2  # at the first start only
 
 
+def test_a_start_that_gets_no_further_is_tried_again_but_not_for_ever(jobs: Jobs):
+    """A node may be bad, which nothing but another start tells from a step that always fails."""
+    rank = "if [ $start = 0 ]; then progress; fi; exit 9"
+    job = jobs.submit(rank, STUCK_AFTER="3", EXCLUDE_AFTER="9")
+    for restart in ("1", "2"):
+        jobs.cluster.start_again(job, restart)
+    assert jobs.end(job) == ("FAILED", "9:0")
+    assert jobs.cluster.facts(job)["Restarts"] == "2"
+    assert "for the 3. time from step-0: not starting again" in jobs.log
+
+
+def test_a_refusal_of_a_start_after_one_that_was_not_refused_is_the_nodes(jobs: Jobs):
+    rank = """
+        case $start in 0) progress; exit 9 ;; 1) exit 2 ;; esac
+        tell done
+    """
+    job = jobs.submit(rank, EXCLUDE_AFTER="9")
+    for restart in ("1", "2"):
+        jobs.cluster.start_again(job, restart)
+    assert jobs.end(job) == ("COMPLETED", "0:0")
+
+
+def test_no_node_is_left_out_where_too_few_would_be_left(jobs: Jobs):
+    """Slurm would hold the job for good."""
+    rank = "if [ $start = 0 ]; then progress; exit 9; fi; tell done"
+    job = jobs.submit(rank, "--nodes=3", EXCLUDE_AFTER="1")
+    jobs.cluster.start_again(job)
+    assert jobs.end(job) == ("COMPLETED", "0:0")
+    assert jobs.cluster.facts(job)["ExcNodeList"] == "(null)"
+    assert "has too few others" in jobs.log
+
+
+def test_of_ranks_that_gave_a_collective_up_none_is_to_blame(jobs: Jobs):
+    """The first to end are those that were well, and waited."""
+    said = "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)"
+    rank = f"if [ $start = 0 ]; then progress; echo '{said}' >&2; exit 9; fi; tell done"
+    job = jobs.submit(rank, EXCLUDE_AFTER="1")
+    jobs.cluster.start_again(job)
+    assert jobs.end(job) == ("COMPLETED", "0:0")
+    assert jobs.cluster.facts(job)["ExcNodeList"] == "(null)"
+    assert (jobs.folder / "run" / f"failures-{job}").read_text().startswith("unknown ")
+
+
+def test_the_words_of_a_container_stand_before_each_rank(jobs: Jobs):
+    job = jobs.submit("echo wrapped by $IMAGE; tell done", WRAP="env IMAGE=mine.sif")
+    assert jobs.end(job) == ("COMPLETED", "0:0")
+    assert "wrapped by mine.sif" in jobs.log
+
+
+def test_the_sites_lines_may_read_what_is_not_set_and_bring_a_python(jobs: Jobs):
+    """As module functions and conda's hooks do; .venv's is the one, as in `make train`."""
+    folder = jobs.folder
+    (folder / "slurm").unlink()
+    (folder / "slurm").mkdir()
+    for name in ("common.sh", "pretrain_4m.sh"):
+        (folder / "slurm" / name).symlink_to(ROOT / "slurm" / name)
+    (folder / "slurm" / "site.env").write_text(
+        f'echo "site $NOT_SET"; export PATH="{folder}/modules:$PATH"\n'
+    )
+    (folder / "modules").mkdir()
+    (folder / "modules" / "python").symlink_to("/bin/false")
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "bin").symlink_to(folder / "bin")
+    job = jobs.submit("tell done")
+    assert jobs.end(job) == ("COMPLETED", "0:0"), jobs.log
+
+
 def test_a_rank_that_hangs_is_ended(jobs: Jobs):
     rank = "progress; if [ $start = 0 ]; then sleep 300; fi; tell done"
     job = jobs.submit(rank, STALL_SECONDS="2")
