@@ -21,7 +21,7 @@ import torch.distributed as td
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from elip_ds.errors import NodeError
+from elip_ds.errors import DeviceError, NodeError
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Ranks:
 def read_ranks() -> Ranks:
     """Who this process is, from the launcher's variables (deepspeed, torchrun), else Slurm's.
 
-    A process that nobody launched is the only rank. Starts nothing. Raises NodeError where ranks
-    and GPUs do not match.
+    A process that nobody launched is the only rank. Starts nothing. Raises DeviceError where
+    ranks and GPUs do not match.
     """
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
@@ -60,7 +60,7 @@ def _device_of(local_rank: int, local_world: int) -> torch.device:
     if torch.cuda.is_available():
         seen = torch.cuda.device_count()
         if local_world > seen:
-            raise NodeError(
+            raise DeviceError(
                 f"{local_world} ranks on this node and torch sees {seen} of its GPUs; start as "
                 "many ranks as GPUs (Slurm: --ntasks-per-node as --gpus-per-node, and no "
                 "--gpus-per-task or --gpu-bind, which show each rank one alone)"
@@ -68,7 +68,7 @@ def _device_of(local_rank: int, local_world: int) -> torch.device:
         return torch.device("cuda", local_rank)
     given = env.get("SLURM_STEP_GPUS") or env.get("SLURM_JOB_GPUS")
     if given and env.get("CUDA_VISIBLE_DEVICES", given):
-        raise NodeError(
+        raise DeviceError(
             f"Slurm gives this node's ranks GPUs ({given}) and torch sees none: look at nvidia-smi "
             f"there; torch {torch.__version__} wants a driver for CUDA {torch.version.cuda}, a "
             "container --nv. To train on CPUs all the same: CUDA_VISIBLE_DEVICES="
@@ -137,6 +137,8 @@ def read_note(name: str, timeout_seconds: float) -> Any:
         _store.wait([f"elip/{name}"], datetime.timedelta(seconds=timeout_seconds))
     except td.DistStoreError:
         raise TimeoutError(f"no rank left a note {name!r} in {timeout_seconds:g} s") from None
+    except td.DistNetworkError:
+        raise TimeoutError("rank 0 has ended, see its log") from None
     return json.loads(_store.get(f"elip/{name}"))
 
 

@@ -27,6 +27,10 @@ class PassingError(UserError):
     status = 14
 
 
+class DeviceError(NodeError, PassingError):
+    """A node's ranks and GPUs do not match: asked for wrongly, or a GPU is gone."""
+
+
 def leave() -> None:
     """End the process with status 0, skipping the interpreter's tear-down.
 

@@ -172,12 +172,6 @@ class Run:
             self._saved = now
         return due
 
-    def tell_job(self, *lines: str) -> None:
-        """Rank 0 adds lines to ELIP_BEAT_FILE, if a batch script has named one."""
-        if self.first and (beat := os.environ.get(BEAT_FILE)):
-            with suppress(OSError), open(beat, "a") as file:
-                file.write("".join(f"{line}\n" for line in lines))
-
     def wait(self) -> None:
         """Until all ranks are here."""
         dist.barrier()
@@ -200,17 +194,34 @@ class Run:
             log.warning("%s is not written: %s", path, error.strerror)
 
 
+def tell_job(*lines: str) -> None:
+    """Rank 0 adds lines to ELIP_BEAT_FILE, if a batch script has named one."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0" and (beat := os.environ.get(BEAT_FILE)):
+        with suppress(OSError), open(beat, "a") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+
+def _begins(folder: Path) -> tuple[str, str]:
+    """A run's folder, and what `latest` names there."""
+    with suppress(OSError):
+        return str(folder.absolute()), (folder / "ckpt" / "latest").read_text()
+    return str(folder.absolute()), "none"
+
+
 def open_run(config: Config) -> Run:
     """Who is who, the folder, the stop signal; no device is touched and no group joined yet.
 
     Raises UserError when the folder is another run's.
     """
+    folder = Path(config.run.dir) / config.run.name
+    tell_job(*_begins(folder))  # first of all, so that the script knows what a refusal is of
     ranks = dist.read_ranks()
     setup_logging(ranks.rank)
     minutes = config.checkpoint.every_minutes
     run = Run(
         ranks,
-        Path(config.run.dir) / config.run.name,
+        folder,
         config.run.seed,
         save_every_seconds=None if minutes is None else 60 * minutes,
     )
@@ -223,8 +234,6 @@ def open_run(config: Config) -> Run:
     problem = _claim_folder(run, config)  # before joining, so that a refusal takes no rendezvous
     if problem:
         raise UserError(problem)
-    latest = run.dir / "ckpt" / "latest"
-    run.tell_job(str(run.dir.absolute()), latest.read_text() if latest.exists() else "none")
     _watch_signals(run)
     _set_threads(ranks)
     dist.meet(ranks)

@@ -4,15 +4,21 @@ import sys
 from pathlib import Path
 
 from elip_ds import dist
-from elip_ds.config import duration_in_samples, load_config
+from elip_ds.config import Config, duration_in_samples, load_config
 from elip_ds.data import build_loaders, build_vocabulary, check_inputs, open_sources
 from elip_ds.engine import Engine, due, leave_when_out_of_memory, read_ds_config
 from elip_ds.errors import exit_with, leave
 from elip_ds.launching import settle_batch
 from elip_ds.metrics import Recorder, check_metrics, close_run
-from elip_ds.run import join_ranks, open_run
+from elip_ds.run import Run, join_ranks, open_run, tell_job
 from elip_ds.tasks import build_pretrain, min_micro_batch
 from elip_ds.weights import check_paths
+
+
+def check_reads(cfg: Config, run: Run) -> None:
+    """Raises UserError where shards, vocabulary or weights are not there."""
+    check_inputs(cfg.data)
+    check_paths([] if run.resumes else [Path(path) for path in cfg.model.init_from])
 
 
 def main(argv: list[str]) -> None:
@@ -20,10 +26,7 @@ def main(argv: list[str]) -> None:
     ds_tree = read_ds_config(cfg.engine.deepspeed)
     check_metrics(cfg.metrics)  # packages, files and folders are there
     run = open_run(cfg)  # who is who, folder, stop signal
-    if run.first:  # before anything is measured
-        check_inputs(cfg.data)
-        check_paths([] if run.resumes else [Path(path) for path in cfg.model.init_from])
-    cfg, plan = settle_batch(cfg, ds_tree, run)  # given, remembered, or measured now
+    cfg, plan = settle_batch(cfg, ds_tree, run, check_reads)  # given, remembered, or measured now
     join_ranks(run, cfg)
     leave_when_out_of_memory(run, plan, min_micro_batch(cfg))
     sources = open_sources(cfg.data, run)
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> None:
     dist.stop()
     if checkpoint is None:
         raise SystemExit(1)  # the log says why the last checkpoint could not be written
-    run.tell_job(state)
+    tell_job(state)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 # The site's modules may bring a python of their own, so .venv's comes before it, unless the site's
 # lines have activated another one.
-active=${VIRTUAL_ENV:-}
+active=${VIRTUAL_ENV:-} conda=${CONDA_PREFIX:-}
 if [ -f slurm/site.env ]; then . slurm/site.env; fi
-if [ -d .venv ] && [ "${VIRTUAL_ENV:-}" = "$active" ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
+if [ -d .venv ] && [ "${VIRTUAL_ENV:-} ${CONDA_PREFIX:-}" = "$active $conda" ]; then
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
 set -uo pipefail    # not before: modules and conda read variables that are not set
 MAX_TRIES=${MAX_TRIES:-20}                 # failures of a job, of which the last one ends it
 STUCK_AFTER=${STUCK_AFTER:-3}              # failures at one and the same checkpoint, likewise
@@ -25,8 +27,11 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:-${address:-$first}}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 7919 * start) % 12000))}
-cpus=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / ${SLURM_NTASKS_PER_NODE:-1}))}
-if [ "$cpus" -lt 1 ]; then cpus=1; fi
+# A task's CPUs, where nobody said: its share of the smallest node, such as 32 of "64(x2),32".
+smallest=$(tr ',' '\n' <<< "${SLURM_JOB_CPUS_PER_NODE:-1}" | sed 's/(.*//' | sort -n | head -n 1)
+cpus=$((smallest / ${SLURM_NTASKS_PER_NODE:-1}))
+if [ "$cpus" -lt 1 ] || [ -n "${SLURM_HINT:-}${SLURM_THREADS_PER_CORE:-}" ]; then cpus=1; fi
+cpus=${SLURM_CPUS_PER_TASK:-$cpus}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 # Each task keeps to its cores, and so to the memory beside them, where the cluster can do that.
 case $(scontrol show config | sed -n 's/^TaskPlugin *= //p') in
@@ -101,7 +106,7 @@ watch_step() {
 told() { sed -n "$1p" "$ELIP_BEAT_FILE"; }
 
 # train WORD...: train.py with these words, to its end; asks Slurm for another start when it was
-# stopped, and when it failed and another start goes on from a newer checkpoint, or with a smaller
+# stopped, and when it failed and another start goes on from a checkpoint, or with a smaller
 # micro-batch. Ends the script.
 train() {
     local status
@@ -143,9 +148,10 @@ again() {
     fi
 }
 
-# nodes_but NODES: how many others the partition has, up or down.
+# nodes_but NODES: how many others of the partition are neither down nor drained.
 nodes_but() {
-    sinfo --noheader --partition="$SLURM_JOB_PARTITION" --Node --format=%N | sort -u |
+    sinfo --noheader --partition="$SLURM_JOB_PARTITION" --Node --format='%N %T' |
+        grep -v -e ' down' -e ' drain' -e ' fail' | cut -d ' ' -f 1 | sort -u |
         grep -cvxF -f <(scontrol show hostnames "$1")
 }
 
@@ -155,7 +161,8 @@ nodes_but() {
 recover() {
     local run node='' failures others exclude='' short='' latest
     run=$(told 1)
-    latest=$(cat "$run/ckpt/latest" 2> /dev/null || echo none)
+    # As it was at the start, where the file system does not answer.
+    latest=$(cat "$run/ckpt/latest" 2> /dev/null || told 2)
     # A rank whose memory ran out says so there, and on which answers of the launcher its batch was
     # built: then the next start takes fewer samples at once.
     if [ -n "$run" ]; then
@@ -175,9 +182,10 @@ recover() {
     fi
     failures=$run/failures-$job
     # Not where a node never answered: srun names only those whose ranks have lost their peer by it.
+    # Nor where all refuse to go on: what they read is not there.
     if [ -n "$short" ]; then
         node=memory
-    elif ! grep -q -e "^srun: error: Timed out waiting for job step" \
+    elif [ "$1" != 2 ] && [ "$1" != 14 ] && ! grep -q -e "^srun: error: Timed out waiting for job step" \
         -e "collective operation timeout" -e "Timed out waiting [0-9]*ms" "$folder/said"; then
         node=$(sed -n 's/^srun: error: \([^ :]*\): tasks\{0,1\} .*/\1/p' "$folder/said" | head -n 1)
     fi

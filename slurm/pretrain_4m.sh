@@ -1,7 +1,8 @@
 #!/bin/bash
 # Pre-train, by ALBEF's recipe unless told otherwise. Submit it in the repository's folder:
-#   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 slurm/pretrain_4m.sh data.root=/data
-#   PRESET=blip_4m sbatch [options as above] slurm/pretrain_4m.sh run.name=mine   # any key=value follows
+#   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 slurm/pretrain_4m.sh \
+#       data.root=/data model.init_from=[deit_base_patch16_224.pth,bert-base-uncased.safetensors]
+#   PRESET=blip_4m sbatch [as above] slurm/pretrain_4m.sh [as above] run.name=mine   # any key=value follows
 #   sbatch slurm/pretrain_4m.sh preset=demo                         # two nodes of any cluster, no GPU
 #   SWEEP=rates.txt sbatch --array=1-3 slurm/pretrain_4m.sh         # a line each: run.name=a optim.lr=1e-4
 # A task is a rank: on nodes with GPUs ask for as many tasks as GPUs. No line here asks for GPUs,

@@ -21,6 +21,7 @@ from elip_ds.run import (
     _watch_signals,
     hold_folder,
     seed_everything,
+    tell_job,
 )
 
 
@@ -256,8 +257,11 @@ def test_without_an_interval_the_clock_asks_for_nothing(run):
 def test_a_batch_script_is_told_the_folder_and_sees_every_step(run, tmp_path, monkeypatch):
     beat = tmp_path / "beat"
     monkeypatch.setenv("ELIP_BEAT_FILE", str(beat))
-    run.tell_job("runs/a", "none")
-    run.tell_job("done")
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    for rank in ("0", "1"):  # of whom the first speaks
+        monkeypatch.setenv("RANK", rank)
+        tell_job("runs/a", "none")
+        tell_job("done")
     assert beat.read_text() == "runs/a\nnone\ndone\n"
     os.utime(beat, (1, 1))
     run.agree_to_stop(1)

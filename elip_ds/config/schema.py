@@ -392,7 +392,8 @@ class BatchingConfig:
     headroom: float | int | str = "auto"
     "Share of the memory for the model and its steps that is left free; auto: 0.06, on a CPU 0.05."
     headroom_bytes: int | str = "auto"
-    "At least so many are left free; auto: 2**30, and on a CPU 2 MiB, by which starts differ."
+    """At least so many are left free; auto: 2**30. On a CPU never less than 2 MiB, by which starts
+    differ."""
     probe: str = "auto"
     """Real steps before training: always, never (the plan alone decides, with more headroom), or
     auto: where the plan's batch is near what memory allows."""

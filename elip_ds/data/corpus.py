@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from elip_ds import dist
 from elip_ds.config.schema import DataConfig
@@ -48,10 +49,10 @@ def check_inputs(config: DataConfig) -> None:
     """
     patience = build_fetcher(config).patience
     for split, entries in (("train", config.train), ("val", config.val)):
-        for entry in entries:
+        for i, entry in enumerate(entries):
             if entry.shards != "builtin":
                 with suppress(TimeoutError):
-                    patience(expand_shards, entry.shards, f"data.{split}")
+                    patience(expand_shards, entry.shards, _key(split, entries, i))
     if config.vocabulary != "auto":
         load_vocabulary(config.vocabulary, config.tokenizer, Path(config.root))
 
@@ -67,7 +68,7 @@ def open_sources(config: DataConfig, run: Run) -> dict[str, list[Source]]:
     for split, entries in (("train", config.train), ("val", config.val)):
         splits[split] = []
         for i, entry in enumerate(entries):
-            key = f"data.{split}" if len(entries) == 1 else f"data.{split}[{i}]"
+            key = _key(split, entries, i)
             is_builtin = entry.shards == "builtin"
             found: UserError | tuple[Sequence[Shard], Counted] | None = None
             if dist.rank() == 0:
@@ -96,6 +97,10 @@ def open_sources(config: DataConfig, run: Run) -> dict[str, list[Source]]:
             source = Source(entry.shards, tuple(shards), counts, entry.weight, entry.caption)
             splits[split].append(source)
     return splits
+
+
+def _key(split: str, entries: Sequence[Any], number: int) -> str:
+    return f"data.{split}" if len(entries) == 1 else f"data.{split}[{number}]"
 
 
 def build_vocabulary(

@@ -20,8 +20,8 @@ import webdataset
 from webdataset.tariterators import base_plus_ext
 
 from elip_ds.data.fetch import Fetcher, glob_remote, is_remote
-from elip_ds.data.record import BadSample, BadShard, Record
-from elip_ds.errors import UserError
+from elip_ds.data.record import PASSING, BadSample, BadShard, Record
+from elip_ds.errors import PassingError, UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 INDEX = "index.json"
@@ -164,9 +164,11 @@ def _count(shard: Shard, entry: Any, key: str, fetcher: Fetcher) -> tuple[int, b
     try:
         scan = fetcher.use(shard, scan_shard)
     except BadShard as error:
+        if error.kind in PASSING:
+            raise PassingError(f"{key}: shard {shard} cannot be read: {error}") from None
         raise UserError(f"{key}: shard {shard} is damaged or no tar: {error}") from None
     except TimeoutError as error:
-        raise UserError(
+        raise PassingError(
             f"{key}: shard {shard} cannot be read: {error} (data.time_limit_seconds)"
         ) from None
     return len(scan.entries), not scan.whole
@@ -182,7 +184,7 @@ def _read_local_index(folder: Path, key: str, fetcher: Fetcher) -> dict[str, Any
     try:
         return fetcher.patience(read_index, folder)
     except TimeoutError as error:
-        raise UserError(
+        raise PassingError(
             f"{key}: {folder / INDEX} cannot be read: {error} (data.time_limit_seconds)"
         ) from None
 

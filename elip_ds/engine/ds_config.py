@@ -166,7 +166,7 @@ def fill_ds_config(
     if zero.get("overlap_comm") == "auto":  # a second bucket, of no use to a rank alone
         zero["overlap_comm"] = device.type == "cuda" and plan.world_size > 1
     for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("pin_memory") == "auto":
+        if (zero.get(name) or {}).get("pin_memory") == "auto":
             zero[name]["pin_memory"] = device.type == "cuda"
     if zero.get("stage", 0) < 3:
         # It waits for the device twice a micro-batch. At stage 3 that waiting also keeps the next

@@ -67,7 +67,7 @@ def node_memory(config: Config, local_ranks: int, device: str) -> Memory:
         share = min((x for x in limits if x.of_node), key=lambda limit: limit.bytes)
         share = replace(share, bytes=_steady(share.bytes))
         # This process has imported what a rank imports, once it has this, which torch's optimizers
-        # import when the first is made, and done nothing else.
+        # import when the first is made, and done little else.
         import torch._dynamo  # noqa: F401
 
         outside, kappa = psutil.Process().memory_info().rss, 1.0

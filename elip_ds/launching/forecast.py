@@ -40,7 +40,7 @@ class Forecast:
         keep_ratios: Sequence[float] | None = None,
         cache: Cache | None = None,
     ) -> None:
-        full = complete_tree(config, tree, device)
+        full = complete_tree(config, tree, device, world_size)
         precision = next((n for n in ("bf16", "fp16") if full[n]["enabled"]), "fp32")
         self.precision = precision
         zero = read_zero(full, world_size, DTYPES[precision])
@@ -129,7 +129,9 @@ class Curve:
         return Peaks(between("forward"), between("backward"), between("step"))
 
 
-def complete_tree(config: Config, tree: dict[str, Any], device: str) -> dict[str, Any]:
+def complete_tree(
+    config: Config, tree: dict[str, Any], device: str, world_size: int
+) -> dict[str, Any]:
     """The DeepSpeed JSON with "auto" filled for a device that need not be here."""
     engine = config.engine
     fixed = [name for name in ("bf16", "fp16") if tree.get(name, {}).get("enabled") is True]
@@ -140,6 +142,6 @@ def complete_tree(config: Config, tree: dict[str, Any], device: str) -> dict[str
         tree,
         engine=engine,
         optim=config.optim,
-        plan=Plan(1, 1, 1),  # the batch is what is asked
+        plan=Plan(1, 1, world_size),  # the batch is what is asked
         device=torch.device(device),
     )

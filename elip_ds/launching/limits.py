@@ -184,16 +184,20 @@ for i in range(torch.cuda.device_count()):
 def _gpus_by_torch() -> list[Gpu]:
     """In a process of its own: a context would stay in this one."""
     try:
-        told = subprocess.run(
-            [sys.executable, "-c", _BY_TORCH], capture_output=True, text=True, timeout=120
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
+        found = subprocess.run(
+            [sys.executable, "-c", _BY_TORCH],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        rows = [line.split(maxsplit=3) for line in found.stdout.splitlines()]
+        return [
+            Gpu(int(i), "", name, int(total), int(total) - int(free), int(free))
+            for i, free, total, name in rows
+        ]
+    except (OSError, subprocess.SubprocessError, ValueError):
         return []
-    rows = [line.split(maxsplit=3) for line in told.splitlines()]
-    return [
-        Gpu(int(i), "", name, int(total), int(total) - int(free), int(free))
-        for i, free, total, name in rows
-    ]
 
 
 def parse_gpus(gpus: str, processes: str) -> list[Gpu]:

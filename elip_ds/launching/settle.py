@@ -8,6 +8,7 @@ ranks themselves; what is measured is measured in processes that end before trai
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,16 @@ ANSWER_SECONDS = 1800.0
 "The longest that a node may take to answer, its probe among it."
 
 
-def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config, Plan]:
+def settle_batch(
+    config: Config,
+    tree: dict[str, Any],
+    run: Run,
+    check: Callable[[Config, Run], None] = lambda config, run: None,
+) -> tuple[Config, Plan]:
     """The config with the batch in numbers, and the plan. Every rank calls it, before joining.
 
-    tree: the DeepSpeed JSON, as read_ds_config gave it.  Raises UserError, the same on all ranks.
+    tree: the DeepSpeed JSON, as read_ds_config gave it.  check: what else has to be right before
+    anything is measured, for rank 0 to see.  Raises UserError, the same on all ranks.
     """
     asked = json_batch(tree, config.batching, run.world_size)
     resumes = run.resumes
@@ -50,14 +57,14 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
     leads = run.ranks.local_rank == 0
     about = {"name": dist.node_name(), "leads": leads, "device": run.device.type}
     dist.leave_note(f"node-{run.rank}", about)
+    if run.first:
+        dist.leave_note("door", _told(_all_there, config, run, check))
+    _raise_if_refused(_read("door", ANSWER_SECONDS))
     if leads:
         dist.leave_note(f"answer-{run.rank}", _told(_answer, config, tree, run, asked))
     if run.first:
         dist.leave_note("decision", _told(_decide, config, run, asked))
-    try:
-        decision = dist.read_note("decision", ANSWER_SECONDS + 60)
-    except TimeoutError as error:
-        raise UserError(f"the batch was not settled: {error}") from None
+    decision = _read("decision", ANSWER_SECONDS + 60)
     _raise_if_refused(decision)
     if decision["tight"] and run.device.type == "cpu":
         return_at_once()
@@ -74,6 +81,19 @@ def settle_batch(config: Config, tree: dict[str, Any], run: Run) -> tuple[Config
         micro_batch_size=plan.micro_batch_size,
     )
     return replace(config, batching=batching), plan
+
+
+def _read(note: str, seconds: float) -> dict[str, Any]:
+    try:
+        return dist.read_note(note, seconds)
+    except TimeoutError as error:
+        raise UserError(f"the batch was not settled: {error}") from None
+
+
+def _all_there(config: Config, run: Run, check: Callable[[Config, Run], None]) -> dict[str, Any]:
+    _nodes_of_ranks(run)
+    check(config, run)
+    return {}
 
 
 def check_ranks(total: int, micro: int | str, world_size: int, least: int) -> None:
@@ -146,6 +166,8 @@ def probe_here(config: Config, tree: dict[str, Any], local_ranks: int | None) ->
     """
     device = dist.read_ranks().device
     ranks = local_ranks or max(1, torch.cuda.device_count())
+    if device.type == "cuda" and ranks > torch.cuda.device_count():
+        raise UserError(f"--ranks {ranks}: torch sees {torch.cuda.device_count()} GPUs here")
     asked = json_batch(tree, config.batching, ranks)
     folder = Path(config.run.dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)

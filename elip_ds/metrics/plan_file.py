@@ -23,5 +23,6 @@ def read_memory(run_dir: Path, node: str) -> PlannedMemory:
     if not nodes:
         return PlannedMemory()
     answer = nodes.get(node) or next(iter(nodes.values()))
-    limit = answer["memory"]["limit"]["bytes"]
+    memory = answer.get("memory")  # none where a given micro-batch could not be checked
+    limit = memory["limit"]["bytes"] if memory else math.nan
     return PlannedMemory(limit, answer.get("planned_bytes", math.nan))

@@ -57,7 +57,8 @@ def test_bad_settings_are_one_line(refuse, words, says):
     "word", ["data.train=nowhere/*.tar", "data.vocabulary=nowhere.txt", "model.init_from=nowhere"]
 )
 def test_what_is_not_there_is_said_before_anything_is_measured(refuse, monkeypatch, word):
-    monkeypatch.setattr(train, "settle_batch", lambda *_: pytest.fail("it was measured"))
+    settle = sys.modules["elip_ds.launching.settle"]
+    monkeypatch.setattr(settle, "answer_for_node", lambda *_: pytest.fail("it was measured"))
     assert "nowhere" in refuse(word)
 
 
@@ -115,12 +116,19 @@ def test_a_folder_that_cannot_be_made_is_named(refuse, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_command_says_its_line_once_for_all_ranks(tmp_path):
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("optim.lrr=1", "optim.lrr is not a setting"),
+        ("data.train=nowhere/*.tar", "data.train: no file matches nowhere/*.tar"),  # rank 0 knows
+    ],
+)
+def test_the_real_command_says_its_line_once_for_all_ranks(tmp_path, word, says):
     """As typed, through DeepSpeed's launcher, on two ranks."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [launcher, "--num_gpus", "2", TRAIN, "--deepspeed", ROOT / "ds_configs/z2.json"]
     done = subprocess.run(
-        [*map(str, command), "optim.lrr=1"],
+        [*map(str, command), word],
         cwd=tmp_path,
         env=os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}"},
         capture_output=True,
@@ -128,4 +136,5 @@ def test_the_real_command_says_its_line_once_for_all_ranks(tmp_path):
         timeout=120,
     )
     assert done.returncode == 2
-    assert (done.stdout + done.stderr).count("error: optim.lrr is not a setting") == 1
+    assert (done.stdout + done.stderr).count(f"error: {says}") == 1
+    assert "Traceback" not in done.stdout + done.stderr

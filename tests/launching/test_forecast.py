@@ -1,14 +1,19 @@
 """The plan's curve between traced sizes, and what it takes for granted of a device not here."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_words
 
 from elip_ds.batching import Peaks
 from elip_ds.batching.cache import Cache
+from elip_ds.batching.zero import read_zero
 from elip_ds.config import load_config
+from elip_ds.engine import read_ds_config
 from elip_ds.launching.forecast import Curve, Forecast, complete_tree
 
+ROOT = Path(__file__).parents[2]
 TREE = {"zero_optimization": {"stage": 2}}
 
 
@@ -31,8 +36,15 @@ def test_a_curve_goes_through_what_was_traced_and_straight_on():
 )
 def test_auto_precision_is_filled_for_a_device_that_is_not_here(tree, word, device, on):
     config = load_config(tiny_words(f"engine.precision={word}"))
-    full = complete_tree(config, TREE | tree, device)
+    full = complete_tree(config, TREE | tree, device, 2)
     assert [n for n in ("bf16", "fp16") if full[n]["enabled"]] == ([on] if on != "fp32" else [])
+
+
+def test_ranks_of_gpus_are_planned_with_the_bucket_by_which_they_overlap():
+    tree = read_ds_config(str(ROOT / "ds_configs/z2.json"))
+    for ranks, device, overlap in ((1, "cuda", False), (2, "cuda", True), (2, "cpu", False)):
+        full = complete_tree(load_config(tiny_words()), tree, device, ranks)
+        assert read_zero(full, ranks, torch.bfloat16).overlap is overlap, (ranks, device)
 
 
 @pytest.mark.slow
