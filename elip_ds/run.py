@@ -136,8 +136,8 @@ class Run:
             self._look_around()
         asked = [self.stop_asked, self._save_is_due(), self._steps_to_next(step)]
         told = dist.max_over_ranks(torch.tensor(asked, dtype=torch.int, device=self.device))
-        self._stopping, self._saving = map(bool, told[:2].tolist())
-        self._agree_at = step + int(told[2])
+        stop, save, steps = told.tolist()
+        self._stopping, self._saving, self._agree_at = bool(stop), bool(save), step + steps
 
     def _steps_to_next(self, step: int) -> int:
         """By rank 0's clock; 0 elsewhere."""
