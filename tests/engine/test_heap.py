@@ -26,6 +26,7 @@ print((before - resident()) / MIB)
 
 
 # Of 60 MiB. Meanwhile a page or two may be touched for the first time.
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "least", "most"), [("at once", 59, 61), ("later", -1, 8)])
 def test_freed_memory(how, least, most):
     done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True)

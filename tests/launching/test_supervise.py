@@ -213,6 +213,7 @@ sys.exit(supervise(lambda *_: Command((sys.executable, "launcher.py", "rank.py")
 """
 
 
+@pytest.mark.slow
 def test_a_stop_signal_reaches_the_ranks_and_not_their_launcher(tmp_path):
     for name, text in (("launcher", LAUNCHER), ("rank", RANK), ("supervisor", SUPERVISOR)):
         (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
