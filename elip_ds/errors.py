@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -31,15 +32,24 @@ class DeviceError(NodeError, PassingError):
     """A node's ranks and GPUs do not match: asked for wrongly, or a GPU is gone."""
 
 
-def leave() -> None:
-    """End the process with status 0, skipping the interpreter's tear-down.
+def leave(status: int = 0) -> NoReturn:
+    """End the process, skipping the interpreter's tear-down.
 
     gloo's threads now and then abort there ("terminate called without an active exception"), which
-    would turn a run that has finished into a failed one.
+    would turn a run that has finished into a failed one, and a refusal into a crash.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
+
+
+def leave_with(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
+    """Run an entry of ranks: exit_with, and leave."""
+    try:
+        exit_with(main, argv)
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+    leave()
 
 
 def exit_with(main: Callable[[list[str]], None], argv: list[str]) -> None:

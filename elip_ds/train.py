@@ -7,7 +7,7 @@ from elip_ds import dist
 from elip_ds.config import Config, duration_in_samples, load_config
 from elip_ds.data import build_loaders, build_vocabulary, check_inputs, open_sources
 from elip_ds.engine import Engine, due, leave_when_out_of_memory, read_ds_config
-from elip_ds.errors import exit_with, leave
+from elip_ds.errors import leave_with
 from elip_ds.launching import settle_batch
 from elip_ds.metrics import Recorder, check_metrics, close_run
 from elip_ds.run import Run, join_ranks, open_run, tell_job
@@ -70,5 +70,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_with(main, sys.argv[1:])
-    leave()  # all is on disk
+    leave_with(main, sys.argv[1:])  # all is on disk

@@ -1,5 +1,8 @@
 """What an entry says of a person's mistake, and who says it."""
 
+import subprocess
+import sys
+
 import pytest
 
 from elip_ds.errors import NodeError, UserError, exit_with
@@ -29,3 +32,27 @@ def test_a_line_is_said_once_and_what_may_be_of_one_node_on_each(
     said = capsys.readouterr().err
     assert caught.value.code == 2
     assert said.startswith(says) if says else not said
+
+
+RANK = """
+import atexit, sys
+from elip_ds.errors import UserError, leave_with
+
+def main(argv):
+    print("said")
+    if argv[0] == "refused":
+        raise UserError("no such thing")
+    if argv[0] != "done":
+        raise SystemExit(int(argv[0]))
+
+atexit.register(print, "torn down")
+leave_with(main, sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("ending", "status"), [("done", 0), ("refused", 2), ("1", 1)])
+def test_a_rank_leaves_with_its_status_and_tears_nothing_down(ending, status):
+    words = [sys.executable, "-c", RANK, ending]
+    rank = subprocess.run(words, capture_output=True, text=True)
+    assert (rank.returncode, rank.stdout) == (status, "said\n"), rank.stderr
+    assert ("error: no such thing" in rank.stderr) == (ending == "refused")

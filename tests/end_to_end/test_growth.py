@@ -24,7 +24,7 @@ GROWING = """
 import sys
 from dataclasses import replace
 from elip_ds import train
-from elip_ds.errors import exit_with, leave
+from elip_ds.errors import leave_with
 
 settle = train.settle_batch
 
@@ -33,8 +33,7 @@ def as_if_memory_were_short(*given):
     return config, replace(plan, later={(0.5, 0.25): 2, (0.5, 0.125): 4})
 
 train.settle_batch = as_if_memory_were_short
-exit_with(train.main, sys.argv[1:])
-leave()
+leave_with(train.main, sys.argv[1:])
 """
 
 
