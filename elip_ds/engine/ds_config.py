@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 
 from elip_ds.batching import Plan
 from elip_ds.config.schema import BatchingConfig, EngineConfig, OptimConfig
@@ -80,7 +82,23 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     stage = tree.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"--deepspeed {path}: zero_optimization.stage={stage!r}: 0, 1, 2 or 3")
+    try:
+        DeepSpeedZeroConfig(**_without_auto(tree.get("zero_optimization", {})))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        loc, why = [str(key) for key in fault["loc"]], fault["msg"]
+        if fault["type"] == "extra_forbidden":
+            known = f"; {suggest(loc[0], DeepSpeedZeroConfig.model_fields)}"
+            why = "no key" + (known if len(loc) == 1 else " of DeepSpeed's there")
+        where = ".".join(["zero_optimization", *loc])
+        raise UserError(f"--deepspeed {path}: {where}: {why}") from None
     return tree
+
+
+def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
+    """What complete_tree is yet to settle left out, at any depth."""
+    parts = {k: _without_auto(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {key: value for key, value in parts.items() if value != "auto"}
 
 
 def json_batch(

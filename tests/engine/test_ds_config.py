@@ -227,3 +227,26 @@ def test_a_switch_that_would_spoil_checkpoints_is_refused(tmp_path):
     path.write_text('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}}')
     with pytest.raises(UserError, match="round_robin_gradients=true"):
         read_ds_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("zero", "says"),
+    [
+        ({"stag": 2}, "zero_optimization.stag: no key; did you mean 'stage'"),
+        ({"stage": 2, "reduce_bucket_size": "much"}, "zero_optimization.reduce_bucket_size: "),
+        (
+            {"stage": 1, "offload_optimizer": {"devic": "cpu"}},
+            "zero_optimization.offload_optimizer.devic: no key",
+        ),
+        ({"stage": 2, "overlap_comm": "auto", "offload_optimizer": {"pin_memory": "auto"}}, None),
+    ],
+)
+def test_zeros_own_keys_are_those_that_deepspeed_takes(tmp_path, zero, says):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    if says is None:
+        assert read_ds_config(str(path))["zero_optimization"] == zero
+        return
+    with pytest.raises(UserError) as caught:
+        read_ds_config(str(path))
+    assert f"--deepspeed {path}: {says}" in str(caught.value)
