@@ -66,8 +66,11 @@ def main(argv: list[str]) -> None:
         plans = plan_all(words, options.deepspeed, options.ranks, options.compare)
         _write(options.json, plans)
         sys.stdout.write(show_plans(plans))
-        if (plans[0]["largest"] or 0) < plans[0]["least"]:
+        largest = plans[0]["largest"] or 0
+        if largest < max(plans[0]["least"], plans[0].get("micro_batch_size", 0)):
             raise SystemExit(DoesNotFit.status)
+        if "micro_batch_size" not in plans[0]:
+            raise SystemExit(UserError.status)
         return
     setup_logging(0)
     settings = ["--deepspeed", options.deepspeed, *words]

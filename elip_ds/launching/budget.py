@@ -104,6 +104,14 @@ def left_free(batching: BatchingConfig, usable_bytes: int, device: str) -> int:
     return max(int(share * usable_bytes), least, REPEATS[device])
 
 
+def least_memory(batching: BatchingConfig, taken: int, outside: int, device: str) -> int:
+    """Bytes that suffice for a rank that takes so many, outside of them, and what is left free."""
+    least, before = taken, 0
+    while least > before:
+        least, before = taken + left_free(batching, least - outside, device), least
+    return least
+
+
 def _steady(number: int) -> int:
     """Rounded down, by 1.5 % at most: what is free differs a little from start to start."""
     step = 1 << max(0, number.bit_length() - 7)

@@ -1,6 +1,7 @@
 """The command that trains: `deepspeed` on this machine, `srun` inside a Slurm allocation."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,8 @@ class Command:
     environ: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return " ".join([*(f"{k}={v}" for k, v in self.environ.items()), *self.words])
+        environ = (f"{name}={shlex.quote(value)}" for name, value in self.environ.items())
+        return " ".join([*environ, shlex.join(self.words)])
 
 
 def training_command(

@@ -14,7 +14,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from elip_ds.batching import find_micro_batch, micro_batches
+from elip_ds.batching import choose_micro_batch, find_micro_batch, micro_batches
 from elip_ds.batching.cache import Cache, default_folder, fingerprint
 from elip_ds.batching.search import NothingFits
 from elip_ds.batching.sizes import show_bytes
@@ -24,7 +24,7 @@ from elip_ds.engine.schedule import choose_optimizer
 from elip_ds.engine.trial_job import TrialJob
 from elip_ds.errors import UserError
 from elip_ds.launching.advice import advice
-from elip_ds.launching.budget import REPEATS, Memory, beside_loader, node_memory
+from elip_ds.launching.budget import REPEATS, Memory, beside_loader, least_memory, node_memory
 from elip_ds.launching.endings import DeviceBusy, DoesNotFit
 from elip_ds.launching.facts import memory_facts
 from elip_ds.launching.forecast import Forecast
@@ -268,8 +268,7 @@ def _find(node: Node, memory: Memory, sizes: list[int], cache: Cache) -> dict[st
         allowed = memory.planned(memory.limit.bytes * (1 - PLAN_HEADROOM))
         best = forecast.largest(allowed, sizes)
         if best is None:
-            there = memory.taken(allowed)
-            raise _does_not_fit(node, memory, forecast, sizes[0], there)
+            raise _does_not_fit(node, memory, forecast, sizes[0], memory.taken(allowed))
         taken = memory.taken(forecast.at(best).highest)
         told = f"by the plan alone, {show_bytes(taken)} of {show_bytes(memory.limit.bytes)}"
         return _planned(best, taken, f"{told}; not verified", tight=True)
@@ -395,8 +394,17 @@ def _does_not_fit(
     there_bytes: int,
     error: NothingFits | None = None,
 ) -> UserError:
+    """Raises, instead, what a batch of other divisors would do where smaller sizes would fit."""
     planned = memory.taken(forecast.at(size).highest)
     needed = max(planned, (error and error.needed_bytes) or 0)
+    total, smallest = node.asked[0], min_micro_batch(node.config)
+    if total != "auto" and size > smallest:
+        budget = memory.planned(there_bytes - (needed - planned))
+        fits = forecast.largest(budget, range(smallest, size))
+        if fits is not None:
+            choose_micro_batch(
+                fits, int(total), world_size=node.world_size, min_micro_batch=smallest
+            )
     # What was seen says what the plan leaves out, here and where it says what would help.
     helps = advice(
         node.config,
@@ -409,7 +417,12 @@ def _does_not_fit(
         taken=lambda other: memory.taken(other) + needed - planned,
     )
     told = f" ({error.reason})" if error and error.reason else ""
+    if node.config.batching.probe == "never":
+        least = int(needed / (1 - PLAN_HEADROOM))
+    else:
+        least = least_memory(node.config.batching, needed, memory.outside_bytes, node.device)
     return DoesNotFit(
-        f"micro-batch {size} needs at least {show_bytes(needed)} a rank and there are "
-        f"{show_bytes(there_bytes)}, headroom off ({memory.limit.name}){told}; {helps}"
+        f"micro-batch {size} needs at least {show_bytes(needed)} a rank, {show_bytes(least)} with "
+        f"what is left free, and there are {show_bytes(memory.limit.bytes)} "
+        f"({memory.limit.name}){told}; {helps}"
     )

@@ -15,7 +15,7 @@ from elip_ds.engine import json_batch, read_ds_config
 from elip_ds.engine.schedule import settle_optim
 from elip_ds.errors import UserError
 from elip_ds.launching.advice import advice
-from elip_ds.launching.budget import left_free
+from elip_ds.launching.budget import least_memory, left_free
 from elip_ds.launching.forecast import Forecast
 from elip_ds.launching.loaders import loader_bytes
 from elip_ds.tasks import min_micro_batch
@@ -70,7 +70,11 @@ def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dic
 
         needed = taken(smallest.peaks.highest)
         helps = advice(config, tree, 1, needed, world_size=ranks, device=kind, taken=taken)
-        told = f"not even one sample fits: with it a rank takes {show_bytes(needed)}"
+        least_of_all = least_memory(config.batching, needed, device.outside_bytes, kind)
+        told = (
+            f"not even one sample fits: with it a rank takes {show_bytes(needed)}, "
+            f"{show_bytes(least_of_all)} with what is left free"
+        )
         notes.insert(0, f"{told}; {helps}")
         record = _record(name, device, forecast, smallest, free, None, ranks)
         return record | {"notes": notes, "least": least}
@@ -134,7 +138,7 @@ def _plan(
             batch = size * ranks if total == "auto" else int(total)
             plan = plan_batch(batch, size, world_size=ranks, min_micro_batch=least)
             if size > largest:
-                notes.append(f"micro-batch {size} is asked for and does not fit")
+                notes.append(f"micro-batch {size} is asked for and does not fit: {largest} would")
             return plan
         plan = choose_micro_batch(
             largest,
@@ -154,7 +158,12 @@ def _plan(
 
 
 def _notes(device: Device) -> list[str]:
-    if device.tested or device.kappa == 1.0:
+    if device.name.lower().startswith("cpu:"):
+        return [
+            f"{device.name}: taken as all for the model and its steps; the process of a rank takes "
+            "about 720 MiB besides, which a probe counts"
+        ]
+    if device.tested:
         return []
     return [
         f"{device.name}: what a process takes outside of torch "

@@ -18,7 +18,7 @@ def show_plans(plans: Sequence[dict[str, Any]]) -> str:
     table = Table(title=f"memory of a rank, {plans[0]['device']}", title_justify="left")
     table.add_column("", no_wrap=True)
     for plan in plans:
-        table.add_column(plan["name"], justify="right")
+        table.add_column(plan["name"], justify="right", overflow="fold")
     for part in _parts(plans):
         table.add_row(part, *(_size(plan["parts"].get(part)) for plan in plans))
     for name in ("allocator", "outside of torch", "left free"):
@@ -45,9 +45,13 @@ def show_plans(plans: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()
     console = Console(file=out, width=max(80, 34 + 24 * len(plans)))
     console.print(table)
+    of_note: dict[str, list[str]] = {}
     for plan in plans:
         for note in plan["notes"]:
-            console.print(f"{plan['name']}: {note}", highlight=False)
+            of_note.setdefault(note, []).append(plan["name"])
+    for note, names in of_note.items():
+        who = "" if len(names) == len(plans) > 1 else f"{', '.join(names)}: "
+        console.print(f"{who}{note}", highlight=False)
     return out.getvalue()
 
 

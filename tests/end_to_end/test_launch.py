@@ -63,13 +63,36 @@ def test_a_plan_says_what_fits_and_what_pruning_buys(tmp_path, words):
     assert 0.8 * budget < max(used.values()) <= budget
 
 
+@pytest.mark.parametrize(
+    ("changes", "status", "says"),
+    [
+        (["batching.global_batch_size=9"], 2, "does not divide among 2 ranks; nearest: 8, 10"),
+        (
+            ["batching.micro_batch_size=4096", "batching.global_batch_size=8192"],
+            10,
+            r"micro-batch 4096 is asked for and does not fit: \d+ would",
+        ),
+    ],
+)
+def test_a_plan_of_what_cannot_be_done_is_shown_and_leaves_as_a_run_would(
+    tmp_path, words, changes, status, says
+):
+    given = ["--deepspeed", Z2, "--device-memory", "cpu:64MiB", "--ranks", "2"]
+    done = launch("plan", *words(*changes), *given, cwd=tmp_path, ok=False)
+    assert done.returncode == status
+    told = " ".join(done.stdout.split())
+    assert re.search(says, told) and "largest micro-batch" in told
+
+
 def test_a_plan_that_nothing_fits_says_so(tmp_path, words):
     done = launch(
         "plan", *words(), "--deepspeed", Z2, "--device-memory", "cpu:1MiB", cwd=tmp_path, ok=False
     )
     assert done.returncode == 10
     told = " ".join(done.stdout.split())
-    assert "not even one sample fits: with it a rank takes" in told
+    needs = r"with it a rank takes ([0-9.]+) MiB, ([0-9.]+) MiB with what is left free"
+    found = re.search(f"not even one sample fits: {needs}", told)
+    assert found and 1 < float(found[1]) < float(found[2])
     assert re.search("what would help most, by the plan: model.vision.image_size=24", told)
 
 

@@ -12,6 +12,7 @@ from conftest import tiny_words
 from elip_ds.batching.cache import Cache, fingerprint
 from elip_ds.config import load_config
 from elip_ds.engine.out_of_memory import OOM_FOLDER
+from elip_ds.errors import UserError
 from elip_ds.launching import node as module
 from elip_ds.launching.budget import Memory, beside_loader
 from elip_ds.launching.endings import DeviceBusy, DoesNotFit
@@ -75,6 +76,20 @@ def test_a_number_is_obeyed_and_a_warning_has_both_figures(make, cache):
     (warning,) = answer["warnings"]
     assert "micro-batch 32 takes" in warning and "there are 701.0 MiB (made up)" in warning
     assert answer_for_node(make(asked=(64, 32)), cache)["warnings"] == []
+
+
+@pytest.mark.slow
+def test_a_share_with_no_divisor_that_fits_says_which_batches_would_do(make, cache):
+    asked = (2 * 127, "auto")
+    told = r"=254 needs micro-batches of 127 or more on 2 ranks, of which (\d+) fit; nearest: (.*)"
+    with pytest.raises(UserError, match=told) as caught:
+        answer_for_node(make("batching.probe=never", asked=asked, limit=150 * 2**20), cache)
+    assert caught.value.status == 2
+    found = re.search(told, str(caught.value))
+    assert found and 2 < int(found[1]) < 127
+    for batch in map(int, found[2].split(", ")):
+        near = make("batching.probe=never", asked=(batch, "auto"), limit=150 * 2**20)
+        assert answer_for_node(near, cache)["largest"] <= int(found[1])
 
 
 @pytest.mark.slow

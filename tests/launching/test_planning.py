@@ -51,6 +51,8 @@ def test_eager_attention_is_compared_like_any_setting(z0):
     lines = ("logits and heads", "rank's loader", "optimized by", "64 samples, 1 steps", "warm-up")
     for line in lines:
         assert line in told, told
+    (note,) = fused["notes"]  # of both alike, and so said once
+    assert "720 MiB besides" in note and " ".join(told.split()).count(note) == 1
 
 
 @pytest.mark.slow
