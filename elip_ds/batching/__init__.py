@@ -9,6 +9,7 @@ from elip_ds.batching.plan import (
     choose_micro_batch,
     micro_batches,
     next_smaller,
+    none_fits,
     plan_batch,
 )
 from elip_ds.batching.search import Answer, find_micro_batch
@@ -24,6 +25,7 @@ __all__ = [
     "find_micro_batch",
     "micro_batches",
     "next_smaller",
+    "none_fits",
     "plan_batch",
     "share_out",
 ]

@@ -130,24 +130,32 @@ def choose_micro_batch(
     )
     best = _last_within(sizes, largest)
     if best is None:
-        asked = "auto" if global_batch_size is None else global_batch_size
-        near = nearest_batches(
-            global_batch_size or 0,
-            largest,
-            world_size=world_size,
-            min_micro_batch=min_micro_batch,
-        )
-        would_do = f"nearest: {', '.join(map(str, near))}" if near else "no other would do"
-        raise UserError(
-            f"batching.global_batch_size={asked} needs micro-batches of {sizes[0]} or more on "
-            f"{world_size} ranks, of which {largest} fit; {would_do}"
-        )
+        raise none_fits(sizes[0], largest, global_batch_size, world_size, min_micro_batch)
     if global_batch_size is None:
         return Plan(best, 1, world_size)
     even = _last_within([size for size in sizes if size % multiple_of == 0], best)
     if even is not None and even >= WASTEFUL * best:
         best = even
     return Plan(best, global_batch_size // (best * world_size), world_size)
+
+
+def none_fits(
+    smallest: int,
+    largest: int,
+    global_batch_size: int | None,
+    world_size: int,
+    min_micro_batch: int = 1,
+) -> UserError:
+    """smallest: micro-batch that the global batch needs, of which only largest samples fit."""
+    asked = "auto" if global_batch_size is None else global_batch_size
+    near = nearest_batches(
+        global_batch_size or 0, largest, world_size=world_size, min_micro_batch=min_micro_batch
+    )
+    would_do = f"nearest: {', '.join(map(str, near))}" if near else "no other would do"
+    return UserError(
+        f"batching.global_batch_size={asked} needs micro-batches of {smallest} or more on "
+        f"{world_size} ranks, of which {largest} fit; {would_do}"
+    )
 
 
 def better_batches(plan: Plan, largest: int, min_micro_batch: int = 1) -> list[int]:

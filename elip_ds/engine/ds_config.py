@@ -96,7 +96,7 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
 
 
 def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
-    """What complete_tree is yet to settle left out, at any depth."""
+    """What fill_ds_config is yet to settle left out, at any depth."""
     parts = {k: _without_auto(v) if isinstance(v, dict) else v for k, v in tree.items()}
     return {key: value for key, value in parts.items() if value != "auto"}
 

@@ -14,7 +14,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from elip_ds.batching import choose_micro_batch, find_micro_batch, micro_batches
+from elip_ds.batching import find_micro_batch, micro_batches, none_fits
 from elip_ds.batching.cache import Cache, default_folder, fingerprint
 from elip_ds.batching.search import NothingFits
 from elip_ds.batching.sizes import show_bytes
@@ -394,7 +394,7 @@ def _does_not_fit(
     there_bytes: int,
     error: NothingFits | None = None,
 ) -> UserError:
-    """Raises, instead, what a batch of other divisors would do where smaller sizes would fit."""
+    """Of memory; or of the batch, where samples fewer than its divisors would fit."""
     planned = memory.taken(forecast.at(size).highest)
     needed = max(planned, (error and error.needed_bytes) or 0)
     total, smallest = node.asked[0], min_micro_batch(node.config)
@@ -402,9 +402,7 @@ def _does_not_fit(
         budget = memory.planned(there_bytes - (needed - planned))
         fits = forecast.largest(budget, range(smallest, size))
         if fits is not None:
-            choose_micro_batch(
-                fits, int(total), world_size=node.world_size, min_micro_batch=smallest
-            )
+            return none_fits(size, fits, int(total), node.world_size, smallest)
     # What was seen says what the plan leaves out, here and where it says what would help.
     helps = advice(
         node.config,

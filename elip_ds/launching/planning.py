@@ -60,7 +60,7 @@ def plan_one(name: str, words: Sequence[str], deepspeed: str, ranks: int) -> dic
     budget = int((usable - free) / device.kappa)
     asked = _asked_first(config, tree, ranks)
     largest = forecast.largest(budget, range(1, MAX_MICRO_BATCH + 1), asked)
-    notes = _notes(device)
+    notes = _notes(device, kind)
     least = min_micro_batch(config)
     if largest is None:
         smallest = forecast.prediction(1)
@@ -157,8 +157,8 @@ def _plan(
     return plan
 
 
-def _notes(device: Device) -> list[str]:
-    if device.name.lower().startswith("cpu:"):
+def _notes(device: Device, kind: str) -> list[str]:
+    if kind == "cpu":
         return [
             f"{device.name}: taken as all for the model and its steps; the process of a rank takes "
             "about 720 MiB besides, which a probe counts"
